@@ -1,0 +1,268 @@
+"""Intervals -> attention, inside an unmodified Hugging Face decoder.
+
+`anyorder_attention` is registered with transformers' `AttentionInterface`. With a `Reads` object among its keyword
+arguments it slices keys and values to the content rows, appends them to the store, and lets every row read its
+interval: a boolean mask for SDPA, two comparisons in a `mask_mod` for FlexAttention. Without one it is the base
+model's ordinary causal attention, so the wrapped model stays usable as such.
+
+This module knows intervals, positions and windows. It does not know groups, recipes or tokens.
+
+Shapes: B batch, H query heads, G key/value heads, R rows, C content rows, K keys, D head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from anyorder.cache import KeyValueStore
+from anyorder.layout import Rows
+
+NAME = "anyorder"
+IMPLEMENTATIONS = ("sdpa", "flex_attention")
+
+MASK_ELEMENTS = 1 << 22
+"""Largest boolean mask, in elements, that one SDPA call is given; longer row ranges are cut into blocks, each of
+which reads only the keys up to its own highest interval."""
+
+_UNSUPPORTED = ("s_aux", "position_bias", "sinks")
+
+
+class Reads:
+    """What the rows of one forward may read. Masks are made once and shared by all layers.
+
+    Args:
+        rows: the layout; its tensors may stand on the CPU whatever the model's device.
+        key_positions: (B, K) int64, position within its document of the token at each rank (for windows).
+        device: of the model.
+        store: where content keys and values are kept, or None: this forward holds all of them itself.
+        implementation: "sdpa" or "flex_attention".
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        key_positions: Tensor,
+        device: torch.device,
+        store: KeyValueStore | None = None,
+        implementation: str = "sdpa",
+    ):
+        assert implementation in IMPLEMENTATIONS
+        self.implementation = implementation
+        self.content_count = rows.content_count
+        self.key_count = int(rows.hi.max())
+        self.windows: dict[int, int | None] = {}  # what each layer said of its sliding window
+        self._rows, self._key_positions, self._device, self._store = rows, key_positions, device, store
+        self._slots = rows.slots.to(device) if store is not None else rows.slots
+        self._start = _common_start(rows.slots, store.capacity) if store is not None else None
+        self._plans: dict[tuple[int | None, int], list[tuple[slice, slice, Tensor | None]]] = {}
+        self._block_masks: dict[int | None, Any] = {}
+
+    def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, G, K, D) keys and values of the content rows, stored ones included, in generation order."""
+        key, value = key[:, :, : self.content_count], value[:, :, : self.content_count]
+        if self._store is not None:
+            key, value = self._store.append(layer, key, value, self._slots, self._start)
+        return key[:, :, : self.key_count], value[:, :, : self.key_count]
+
+    def plan(self, window: int | None, repeats: int) -> list[tuple[slice, slice, Tensor | None]]:
+        """Blocks of rows, the keys each reads, and its mask (None: reads them all).
+
+        Masks have shape (B, 1, repeats * rows, keys): the heads that share a key head are stacked as rows.
+        """
+        if (window, repeats) not in self._plans:
+            B, R = self._rows.lo.shape
+            size = max(1, MASK_ELEMENTS // (B * repeats * self.key_count))
+            self._plans[window, repeats] = [
+                self._block(slice(first, min(first + size, R)), window, repeats) for first in range(0, R, size)
+            ]
+        return self._plans[window, repeats]
+
+    def _block(self, rows: slice, window: int | None, repeats: int) -> tuple[slice, slice, Tensor | None]:
+        lo, hi = self._rows.lo[:, rows], self._rows.hi[:, rows]
+        keys = slice(int(lo.min()), int(hi.max()))
+        if window is None and bool((lo == keys.start).all()) and bool((hi == keys.stop).all()):
+            return rows, keys, None
+        rank = torch.arange(keys.start, keys.stop, device=lo.device)
+        mask = (rank >= lo[:, :, None]) & (rank < hi[:, :, None])
+        if window is not None:
+            here, there = self._rows.positions[:, rows, None], self._key_positions[:, None, keys]
+            mask &= (here - there).abs() < window
+        B, r, k = mask.shape
+        mask = mask.to(self._device)[:, None, None].expand(B, 1, repeats, r, k).reshape(B, 1, repeats * r, k)
+        return rows, keys, mask
+
+    def block_mask(self, window: int | None) -> Any:
+        """The same rule as a FlexAttention `BlockMask`, which skips the blocks that no row reads."""
+        if window not in self._block_masks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            rows, device = self._rows, self._device
+            lo, hi, here = rows.lo.to(device), rows.hi.to(device), rows.positions.to(device)
+            there = self._key_positions.to(device)
+
+            def interval(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return (k >= lo[b, q]) & (k < hi[b, q])
+
+            def windowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return interval(b, h, q, k) & ((here[b, q] - there[b, k]).abs() < window)
+
+            B, R = rows.lo.shape
+            rule = interval if window is None else windowed
+            self._block_masks[window] = create_block_mask(rule, B, None, R, self.key_count, device=device)
+        return self._block_masks[window]
+
+
+def anyorder_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    anyorder_reads: Reads | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' interface: (B, H, R, D) queries in, (B, R, H, D) out.
+
+    A row whose window holds none of the keys in its interval reads nothing and gets zeros.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} uses {name}, which any-order attention does not implement")
+    if anyorder_reads is None:
+        if softcap is not None:
+            return _causal_softcap(query, key, value, attention_mask, scaling, dropout, softcap), None
+        kwargs.pop("is_causal", None)
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return out, None
+    layer = _layer_index(module)
+    anyorder_reads.windows[layer] = sliding_window
+    key, value = anyorder_reads.keys_values(layer, key, value)
+    run = _flex if anyorder_reads.implementation == "flex_attention" else _blocks
+    out = run(anyorder_reads, query, key, value, scaling, dropout, sliding_window, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _blocks(
+    reads: Reads,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    B, H, R, D = query.shape
+    G = key.shape[1]
+    grouped = query.view(B, G, H // G, R, D) if query.is_contiguous() else query.reshape(B, G, H // G, R, D)
+    outputs = []
+    for rows, keys, mask in reads.plan(window, H // G):
+        q = grouped[:, :, :, rows].reshape(B, G, -1, D)
+        k, v = key[:, :, keys], value[:, :, keys]
+        if softcap is None:
+            out = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling)
+        else:
+            out = _explicit(q, k, v, mask, scaling, dropout, softcap)
+        outputs.append(out.view(B, H, -1, value.shape[-1]))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, dropout: float, softcap: float
+) -> Tensor:
+    """Attention with capped scores (Gemma 2), which SDPA does not offer."""
+    scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    if mask is not None:
+        weights = weights * mask  # a row that reads nothing gets zeros, as in SDPA
+    return nn.functional.dropout(weights, dropout) @ v
+
+
+def _causal_softcap(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float,
+) -> Tensor:
+    B, H, R, D = query.shape
+    repeats = H // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if mask is None:  # transformers leaves the mask out where causality says it all
+        K = key.shape[2]
+        mask = torch.ones(R, K, dtype=torch.bool, device=query.device).tril(K - R)
+    return _explicit(query, key, value, mask, scaling, dropout, softcap).transpose(1, 2).contiguous()
+
+
+def _flex(
+    reads: Reads,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    if dropout:
+        raise ValueError(f"flex_attention has no dropout: set the model's attention dropout ({dropout}) to 0")
+    repeats = query.shape[1] // key.shape[1]
+    if repeats & (repeats - 1):  # FlexAttention shares key heads only among powers of two
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    cap = None if softcap is None else functools.partial(_cap, softcap)
+    return _flex_kernel(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=cap,
+        block_mask=reads.block_mask(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+@functools.cache
+def _flex_kernel(device_type: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Compiled, it never stores a score matrix. On the CPU the plain one serves: compiling takes longer than it saves.
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
+def _cap(softcap: float, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return softcap * torch.tanh(score / softcap)
+
+
+def _layer_index(module: nn.Module) -> int:
+    index = getattr(module, "layer_idx", None)
+    if index is None:
+        raise ValueError(f"{type(module).__name__} has no layer_idx, by which its keys and values are stored")
+    return int(index)
+
+
+def _common_start(slots: Tensor, capacity: int) -> int | None:
+    if slots.shape[1] == 0:
+        return 0
+    start = int(slots[0, 0])
+    expected = torch.arange(start, start + slots.shape[1], device=slots.device)
+    return start if bool((slots == expected).all()) and start + slots.shape[1] <= capacity else None
+
+
+AttentionInterface.register(NAME, anyorder_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,54 @@
+"""Append-only store of keys and values in generation order.
+
+Committing a group appends its content rows; nothing stored is ever recomputed or moved, so cached decoding
+equals one parallel forward. The store knows ranks only: which token stands at a rank is the layout's business,
+and which row reads what is the attention's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KeyValueStore:
+    """Keys and values of content rows, by layer, row of the batch and rank.
+
+    Args:
+        batch_size: rows of the batch.
+        capacity: ranks that can be stored. One more slot, number `capacity`, takes what padding rows write;
+            no interval reaches it.
+
+    Buffers are allocated when a layer first writes, in that layer's own shape and dtype: 2 x batch x heads x
+    (capacity + 1) x head_dim elements a layer.
+    """
+
+    def __init__(self, batch_size: int, capacity: int):
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, key: Tensor, value: Tensor, slots: Tensor, start: int | None) -> tuple[Tensor, Tensor]:
+        """Store new content rows and return the whole buffers, each (B, heads, capacity + 1, head_dim).
+
+        Args:
+            layer: index of the layer.
+            key, value: (B, heads, C, head_dim), the new content rows.
+            slots: (B, C) int64 on the same device, the rank of each.
+            start: the first slot, if every row of the batch stores exactly `start .. start + C - 1`; None if the
+                rows differ. A plain copy is several times cheaper than a scattered one.
+        """
+        if layer not in self._layers:
+            B, heads, _, _ = key.shape
+            self._layers[layer] = (
+                key.new_zeros(B, heads, self.capacity + 1, key.shape[-1]),
+                value.new_zeros(B, heads, self.capacity + 1, value.shape[-1]),
+            )
+        buffers = self._layers[layer]
+        for buffer, new in zip(buffers, (key, value), strict=True):
+            if start is not None:
+                buffer[:, :, start : start + new.shape[2]] = new
+            else:
+                batch = torch.arange(new.shape[0], device=new.device)[:, None]
+                buffer[batch, :, slots] = new.transpose(1, 2)
+        return buffers

@@ -1,0 +1,255 @@
+"""Factorization + token ids -> the rows of one forward, as pure index arithmetic.
+
+The one primitive: sort the tokens of a sequence by *generation order* (given tokens, then group after
+group; by position inside each), and every row of the forward reads one interval `[lo, hi)` of that order.
+
+| row | lo | hi |
+|---|---|---|
+| content row of the token at rank r, `exact` | start of its document | r + 1 |
+| content row of the token at rank r, `paper` | start of its document | end of its group |
+| query row of a position in group k | start of its document | start of group k |
+| padding | 0 | 1, and nothing reads it |
+
+This module knows no model, no attention and no logits. Its tensors are small integers; they stay on the
+device of the factorization.
+
+Shapes: B rows in a batch, T columns, S ranks, R rows of a forward (C content rows first, then Q query rows).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyorder.factorization import ABSENT, Factorization
+
+RECIPES = ("exact", "paper")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one forward. Content rows come first; keys and values exist for them alone."""
+
+    seed_ids: Tensor
+    """(B, R) int64: the token whose embedding starts the row, where `seeded`."""
+    seeded: Tensor
+    """(B, R) bool: False where the row starts from the query embedding w."""
+    positions: Tensor
+    """(B, R) int64: the RoPE position, counted within the document."""
+    lo: Tensor
+    """(B, R) int64: first rank that the row reads."""
+    hi: Tensor
+    """(B, R) int64: one past the last rank that the row reads."""
+    gates: Tensor
+    """(B, R) bool: False where the row stands exactly where the base model stands: it reads all of its left
+    context 0..p and nothing else (p its RoPE position). Gated adapters act only where this is True."""
+    slots: Tensor
+    """(B, C) int64: the rank at which each content row is stored; the store's spare slot for padding."""
+
+    @property
+    def content_count(self) -> int:
+        return self.slots.shape[1]
+
+    @property
+    def count(self) -> int:
+        return self.lo.shape[1]
+
+
+class Arrangement:
+    """The tokens of a batch in generation order, filled as they become known.
+
+    A parallel forward fills it at once from a factorization; decoding appends group after group. Either way
+    the rows come from the same two methods, so that cached and parallel decoding cannot drift apart.
+    """
+
+    def __init__(self, input_ids: Tensor, factorization: Factorization, recipe: str):
+        assert recipe in RECIPES
+        self.recipe = recipe
+        self.starts = factorization.document_starts
+        self.ids = input_ids  # decoding fills it in place
+        B, T = input_ids.shape
+        device = input_ids.device
+        self.spare = T
+        self._batch = torch.arange(B, device=device)[:, None]
+        self.ranks = torch.full((B, T), T, device=device)  # column -> rank; T: not known yet
+        self.columns = torch.zeros((B, T), dtype=torch.int64, device=device)  # rank -> column
+        self.counts = torch.zeros(B, dtype=torch.int64, device=device)  # ranks in use
+        self.ends = torch.zeros((B, T), dtype=torch.int64, device=device)  # rank -> end of its group
+        self.reach = torch.zeros((B, T), dtype=torch.int64, device=device)  # rank -> highest column up to it
+
+    @classmethod
+    def whole(cls, input_ids: Tensor, factorization: Factorization, recipe: str) -> tuple[Arrangement, Tensor]:
+        """Everything known at once, and (B, T) the rank at which each column's group starts."""
+        self = cls(input_ids, factorization, recipe)
+        groups = factorization.group_ids
+        B, T = groups.shape
+        late = torch.where(groups == ABSENT, T, groups)  # absent tokens come last in their document
+        columns = late.argsort(dim=1, stable=True)
+        columns = columns.gather(1, factorization.documents.gather(1, columns).argsort(dim=1, stable=True))
+        every = torch.arange(T, device=groups.device).expand(B, T)
+        sorted_groups = late.gather(1, columns)
+        sorted_documents = factorization.documents.gather(1, columns)
+        new = (sorted_groups.diff(dim=1) != 0) | (sorted_documents.diff(dim=1) != 0)
+        first = torch.nn.functional.pad(new, (1, 0), value=True)
+        group_start = torch.where(first, every, 0).cummax(dim=1).values
+        last = torch.nn.functional.pad(new, (0, 1), value=True)
+        self.ends = torch.where(last, every + 1, T).flip(1).cummin(dim=1).values.flip(1)
+        self.columns = columns
+        self.ranks = torch.empty_like(columns).scatter_(1, columns, every.contiguous())
+        self.reach = columns.cummax(dim=1).values
+        present = late.gather(1, columns) < T
+        self.counts = ((every + 1) * present).amax(dim=1)
+        return self, group_start.gather(1, self.ranks)
+
+    def append(self, columns: Tensor, counts: Tensor) -> None:
+        """Give the next ranks to `counts[b]` columns of each row.
+
+        Args:
+            columns: (B, C) int64, ascending along a row; entries from `counts[b]` on are ignored.
+            counts: (B,) int64.
+        """
+        B, C = columns.shape
+        offset = torch.arange(C, device=columns.device)
+        used = offset < counts[:, None]
+        b = self._batch.expand(B, C)[used]
+        rank = (self.counts[:, None] + offset)[used]
+        column = columns[used]
+        self.columns[b, rank] = column
+        self.ranks[b, column] = rank
+        self.ends[b, rank] = (self.counts + counts)[:, None].expand(B, C)[used]
+        self.reach = torch.where(self.ranks_in_use(counts), self.columns, 0).cummax(dim=1).values
+        self.counts = self.counts + counts
+
+    def ranks_in_use(self, more: Tensor) -> Tensor:
+        """(B, T) bool: the ranks below `counts + more`."""
+        return torch.arange(self.columns.shape[1], device=more.device) < (self.counts + more)[:, None]
+
+    # ------------------------------------------------------------------ rows
+
+    def content(self, first: Tensor, count: Tensor) -> _Half:
+        """Content rows of the ranks `first[b] .. first[b] + count[b] - 1` of each row, padded to the longest."""
+        C = int(count.max())
+        rank = first[:, None] + torch.arange(C, device=first.device)
+        used = rank < (first + count)[:, None]
+        rank = torch.where(used, rank, 0)
+        column = self.columns.gather(1, rank)
+        lo = self.starts.gather(1, column)
+        hi = rank + 1 if self.recipe == "exact" else self.ends.gather(1, rank)
+        return self._half(self.ids.gather(1, column), torch.ones_like(used), column - lo, lo, hi, used, rank)
+
+    def queries(self, columns: Tensor, used: Tensor, hi: Tensor) -> _Half:
+        """Query rows of (B, Q) columns, each reading up to rank `hi`; `used` is False for padding."""
+        lo = self.starts.gather(1, columns)
+        position = columns - lo
+        if self.recipe == "paper":
+            seeded = torch.zeros_like(used)
+            ids = torch.zeros_like(columns)
+        else:
+            # A predicted position 0 has no place to its left to stand on: it stands on its own, unseeded.
+            left = (columns - 1).clamp(min=0)
+            seeded = (position > 0) & (self.ranks.gather(1, left) < hi)
+            ids = self.ids.gather(1, left)
+            position = (position - 1).clamp(min=0)
+        return self._half(ids, seeded, position, lo, hi, used, torch.zeros_like(columns))
+
+    def free(self, columns: Tensor, hi: Tensor) -> Tensor:
+        """(B, Q) bool: columns whose query row would equal the content row of rank `hi - 1`.
+
+        In the exact recipe the query row of column i starts from token i-1, at its position. If that token is
+        the last one read, its content row reads the same interval: the two rows are one.
+        """
+        if self.recipe != "exact":
+            return torch.zeros_like(columns, dtype=torch.bool)
+        left = (columns - 1).clamp(min=0)
+        return (columns > self.starts.gather(1, columns)) & (self.ranks.gather(1, left) == hi - 1)
+
+    def _half(
+        self, ids: Tensor, seeded: Tensor, position: Tensor, lo: Tensor, hi: Tensor, used: Tensor, rank: Tensor
+    ) -> _Half:
+        lo, hi = torch.where(used, lo, 0), torch.where(used, hi, 1)
+        position = torch.where(used, position, 0)
+        reach = self.reach.gather(1, hi - 1)
+        at_home = (hi - lo == position + 1) & (reach == lo + position)
+        return _Half(
+            ids=torch.where(used & seeded, ids, 0),
+            seeded=seeded,
+            position=position,
+            lo=lo,
+            hi=hi,
+            gate=used & ~at_home,
+            slot=torch.where(used, rank, self.spare),
+        )
+
+
+@dataclass(frozen=True)
+class _Half:
+    """The content half or the query half of the rows; every field is (B, C) or (B, Q)."""
+
+    ids: Tensor
+    seeded: Tensor
+    position: Tensor
+    lo: Tensor
+    hi: Tensor
+    gate: Tensor
+    slot: Tensor
+
+
+def join(content: _Half, query: _Half) -> Rows:
+    """Content rows, then query rows."""
+
+    def both(name: str) -> Tensor:
+        return torch.cat([getattr(content, name), getattr(query, name)], dim=1)
+
+    return Rows(
+        both("ids"), both("seeded"), both("position"), both("lo"), both("hi"), both("gate"), slots=content.slot
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A whole forward: its rows, where each prediction comes out, and each key's position."""
+
+    rows: Rows
+    logit_rows: Tensor
+    """(B, T) int64: the row of the forward whose output predicts the column; -1 where nothing is predicted."""
+    key_positions: Tensor
+    """(B, S) int64: position within its document of the token at each rank."""
+
+
+def lay_out(input_ids: Tensor, factorization: Factorization, recipe: str) -> Layout:
+    """The rows of one parallel forward.
+
+    Args:
+        input_ids: (B, T) int64, on the factorization's device. Absent positions may hold any valid id.
+        factorization: of the same shape.
+        recipe: "exact" or "paper".
+    """
+    arrangement, group_start = Arrangement.whole(input_ids, factorization, recipe)
+    S = int(arrangement.counts.max())
+    B, T = input_ids.shape
+    content = arrangement.content(torch.zeros_like(arrangement.counts), arrangement.counts)
+    predicted = factorization.is_predicted
+    every = torch.arange(T, device=input_ids.device).expand(B, T)
+    free = predicted & arrangement.free(every, group_start)
+    columns, used, place = compact(predicted & ~free)
+    query = arrangement.queries(columns, used, group_start.gather(1, columns))
+    logit_rows = torch.where(free, group_start - 1, S + place).masked_fill(~predicted, -1)
+    key_columns = arrangement.columns[:, :S]
+    return Layout(join(content, query), logit_rows, key_columns - arrangement.starts.gather(1, key_columns))
+
+
+def compact(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The chosen columns of each row, moved to the front.
+
+    Args:
+        chosen: (B, T) bool.
+
+    Returns:
+        columns (B, Q), used (B, Q) bool (False: padding), and place (B, T): where in Q a chosen column went.
+        Q is the largest number of chosen columns in a row.
+    """
+    Q = int(chosen.sum(dim=1).max())
+    columns = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :Q]
+    return columns, chosen.gather(1, columns), chosen.cumsum(dim=1) - 1

@@ -1,0 +1,361 @@
+"""The wrapper around a Hugging Face decoder: one forward of content and query rows.
+
+No modelling code is copied. The decoder runs on `inputs_embeds` and `position_ids` that the layout chose, its
+attention function reads intervals (`attention.py`), and its own forward over an identity decoder turns the rows that
+predict something into logits. This module knows nothing of sampling, text or training.
+
+Shapes: B batch, T columns, R rows, N predictions, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import ModelOutput
+
+from anyorder import attention
+from anyorder.cache import KeyValueStore
+from anyorder.factorization import Factorization
+from anyorder.layout import RECIPES, Layout, Rows, lay_out
+from anyorder.support import check_config, check_conversion, check_model, context_length
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anyorder.decoding import Commit, GenerateOutput
+
+
+class AnyOrderConfig(PretrainedConfig):
+    """Config of a converted model.
+
+    Args:
+        base_config: config of the wrapped causal LM, as an object or as a dict with its `model_type`.
+        recipe: "exact" (equal to its base before any training) or "paper" (A3 as published); design section 3.
+    """
+
+    model_type = "anyorder"
+
+    def __init__(self, base_config: PretrainedConfig | dict[str, Any] | None = None, recipe: str = "exact", **kwargs: Any):
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+        if isinstance(base_config, dict):
+            fields = dict(base_config)
+            base_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        self.base_config = base_config
+        self.recipe = recipe
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """The base model's config: where Hugging Face tools look for vocabulary and sizes."""
+        return self if self.base_config is None else self.base_config
+
+    def __getattr__(self, name: str) -> Any:
+        # vocab_size, hidden_size, eos_token_id, ...: one concept, one place.
+        base = self.__dict__.get("base_config")
+        if base is None or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(base, name)
+
+
+@dataclass
+class _IdentityOutput(ModelOutput):
+    """Every field that some causal LM's forward reads from its decoder's output."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    router_logits: Any = None
+
+
+class _IdentityDecoder(nn.Module):
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _IdentityOutput:
+        return _IdentityOutput(last_hidden_state=inputs_embeds)
+
+
+class AnyOrderForCausalLM(PreTrainedModel):
+    """A causal LM that predicts any group of tokens in any order.
+
+    Make one with `from_causal_lm`, or load a converted one with `from_pretrained`.
+
+    Attributes:
+        causal_lm: the wrapped Hugging Face model itself, usable as such.
+        query_embedding: (E,) parameter w, from which a query row starts where its left neighbour is unknown.
+    """
+
+    config_class = AnyOrderConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: AnyOrderConfig, causal_lm: PreTrainedModel | None = None):
+        super().__init__(config)
+        if config._attn_implementation not in attention.IMPLEMENTATIONS:
+            raise ValueError(
+                f"attn_implementation must be one of {', '.join(attention.IMPLEMENTATIONS)}, "
+                f"got {config._attn_implementation!r}"
+            )
+        if causal_lm is None:
+            check_config(config.base_config)
+            causal_lm = AutoModelForCausalLM.from_config(config.base_config)
+        check_model(causal_lm)
+        self.causal_lm = causal_lm
+        self.causal_lm.set_attn_implementation(attention.NAME)
+        embedding = causal_lm.get_input_embeddings()
+        self.query_embedding = nn.Parameter(embedding.weight.new_zeros(embedding.weight.shape[1]))
+        self.post_init()
+
+    # ------------------------------------------------------------------ making, loading, saving
+
+    @classmethod
+    def from_causal_lm(
+        cls,
+        model: str | PreTrainedModel,
+        recipe: str = "exact",
+        attn_implementation: str = "sdpa",
+        **kwargs: Any,
+    ) -> AnyOrderForCausalLM:
+        """Convert a pretrained left-to-right model.
+
+        The weights are shared with a model that is passed in, and its attention function is replaced by one that
+        computes the same left-to-right attention. The query embedding starts as the mean token embedding.
+
+        Args:
+            model: a loaded model, a built-in name, a directory, a GGUF file or a hub id.
+            recipe: "exact" or "paper".
+            attn_implementation: "sdpa" or "flex_attention".
+            kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...).
+
+        Raises:
+            ValueError: for an architecture that cannot be served, with the reason.
+        """
+        if isinstance(model, PreTrainedModel):
+            if kwargs:
+                raise ValueError(f"{', '.join(kwargs)}: only for a model that is loaded by name, not for a loaded one")
+            if isinstance(model, AnyOrderForCausalLM):
+                raise ValueError("this model is converted already; pass its .causal_lm to convert it anew")
+            causal_lm = model
+        else:
+            from anyorder.sources import load_causal_lm
+
+            causal_lm = load_causal_lm(model, **kwargs)
+        check_config(causal_lm.config)
+        config = AnyOrderConfig(
+            base_config=causal_lm.config, recipe=recipe, attn_implementation=attn_implementation, dtype=causal_lm.dtype
+        )
+        converted = cls(config, causal_lm)
+        converted.query_embedding.data.copy_(_mean_embedding(causal_lm.get_input_embeddings()))
+        check_conversion(converted)
+        return converted.train(causal_lm.training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> AnyOrderForCausalLM:  # type: ignore[override]
+        """Load a converted model from a directory or the hub; safetensors only.
+
+        Raises:
+            ValueError: if the checkpoint is not a converted model, or a weight is missing, unknown or of a wrong shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        config = kwargs.get("config") or AutoConfig.from_pretrained(
+            pretrained_model_name_or_path,
+            **{key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs},
+        )
+        if config.model_type != cls.config_class.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {config.model_type} model, not a converted one: "
+                "use AnyOrderForCausalLM.from_causal_lm"
+            )
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        problems = [
+            f"{kind.replace('_keys', '')}: {', '.join(map(str, sorted(info[kind])[:3]))}"
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info.get(kind)
+        ]
+        if problems:
+            raise ValueError(f"{pretrained_model_name_or_path} does not fit its config; weights {'; '.join(problems)}")
+        try:
+            model.causal_lm.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
+        except OSError:
+            pass  # an optional file: the ids in the base config serve
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write config.json, safetensors and the generation config; `from_pretrained` gives the same model back."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.causal_lm.generation_config is not None:
+            self.causal_lm.generation_config.save_pretrained(save_directory)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.causal_lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.causal_lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.causal_lm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.causal_lm.set_output_embeddings(value)
+
+    # ------------------------------------------------------------------ running
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The base model without its head."""
+        return getattr(self.causal_lm, self.causal_lm.base_model_prefix)
+
+    @property
+    def recipe(self) -> str:
+        return self.config.recipe
+
+    def hidden_rows(self, rows: Rows, key_positions: Tensor, store: KeyValueStore | None = None) -> Tensor:
+        """The one forward: (B, R, E) final hidden states of the rows.
+
+        Args:
+            rows: what `layout` made.
+            key_positions: (B, K) int64, position of the token at each rank.
+            store: keys and values of earlier forwards, appended to; None if the rows hold all content.
+        """
+        return self._run(rows, key_positions, store)[0]
+
+    def _run(self, rows: Rows, key_positions: Tensor, store: KeyValueStore | None) -> tuple[Tensor, attention.Reads]:
+        device = self.query_embedding.device
+        embeds = self.get_input_embeddings()(rows.seed_ids.to(device))
+        if not bool(rows.seeded.all()):
+            embeds = torch.where(rows.seeded.to(device)[..., None], embeds, self.query_embedding.to(embeds.dtype))
+        reads = attention.Reads(rows, key_positions, device, store, self.config._attn_implementation)
+        output = self.decoder(
+            inputs_embeds=embeds,
+            position_ids=rows.positions.to(device),
+            # A 4D mask passes through transformers untouched; the intervals replace it.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            use_cache=False,
+            anyorder_reads=reads,
+        )
+        return output.last_hidden_state, reads
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(N, E) hidden states -> (N, V) logits, by the base model's own forward over an identity decoder.
+
+        So whatever a family does to its logits (caps, scales) is done here, without a copy of it.
+        """
+        head = copy.copy(self.causal_lm)
+        head._modules = dict(self.causal_lm._modules)
+        head._modules[self.causal_lm.base_model_prefix] = _IdentityDecoder()
+        return cast(Tensor, head(inputs_embeds=hidden[None], use_cache=False).logits[0])
+
+    def predictions(self, input_ids: Tensor, factorization: Factorization) -> tuple[Tensor, Tensor]:
+        """Hidden states of the rows that predict something.
+
+        Returns:
+            hidden (N, E), and (B, T) bool where the N predictions belong, row by row.
+        """
+        layout = self.lay_out(input_ids, factorization)
+        hidden = self.hidden_rows(layout.rows, layout.key_positions)
+        predicted = layout.logit_rows >= 0
+        row, _ = predicted.nonzero(as_tuple=True)
+        return hidden[row.to(hidden.device), layout.logit_rows[predicted].to(hidden.device)], predicted
+
+    def lay_out(self, input_ids: Tensor, factorization: Factorization) -> Layout:
+        """The rows of one parallel forward, after checking that ids and factorization fit the model."""
+        ids = self.check_input(input_ids, factorization)
+        return lay_out(ids, factorization, self.recipe)
+
+    def check_input(self, input_ids: Tensor, factorization: Factorization) -> Tensor:
+        """(B, T) ids on the factorization's device, 0 where absent; ValueError names what does not fit."""
+        if input_ids.shape != factorization.group_ids.shape:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}, the factorization {tuple(factorization.group_ids.shape)}"
+            )
+        ids = input_ids.to(factorization.device).masked_fill(~factorization.is_present, 0)
+        vocabulary = self.get_input_embeddings().weight.shape[0]
+        bad = (ids < 0) | (ids >= vocabulary)
+        if bool(bad.any()):
+            b, t = bad.nonzero()[0].tolist()
+            raise ValueError(f"row {b}, position {t}: token id {int(ids[b, t])} is outside the vocabulary 0..{vocabulary - 1}")
+        columns = torch.arange(factorization.length, device=factorization.device)
+        longest = int(((columns - factorization.document_starts) * factorization.is_present).max()) + 1
+        limit = context_length(self.causal_lm.config)
+        if limit is not None and longest > limit:
+            raise ValueError(f"the text has {longest} tokens, the model's context is {limit}: shorten or split it")
+        return ids
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        factorization: Factorization | None = None,
+        labels: Tensor | None = None,
+    ) -> CausalLMOutput:
+        """Logits of every predicted token, in one forward.
+
+        Args:
+            input_ids: (B, T) int64.
+            factorization: of the same shape; None: left to right, one at a time, given the first token.
+            labels: (B, T) int64, -100 is ignored; usually `input_ids`. Only predicted positions count.
+
+        Returns:
+            logits (B, T, V) in the model's dtype: row i predicts token i, unshifted; zeros at positions that are not
+            predicted. loss: mean cross-entropy over the predicted positions, in nats, float32.
+        """
+        if factorization is None:
+            one = Factorization.left_to_right(input_ids.shape[1])
+            factorization = Factorization.stack([one] * input_ids.shape[0])
+        hidden, predicted = self.predictions(input_ids, factorization)
+        logits = self.head(hidden)
+        where = predicted.to(logits.device)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.float(), labels.to(logits.device)[where])
+        out = logits.new_zeros(*where.shape, logits.shape[-1])
+        out[where] = logits
+        return CausalLMOutput(loss=loss, logits=out)  # type: ignore[arg-type]
+
+    def _probe(self, ids: Tensor) -> tuple[Tensor, dict[int, int | None]]:
+        """(T, V) logits of left-to-right content rows, whatever the recipe, and the window of each layer."""
+        layout = lay_out(ids.cpu(), Factorization.left_to_right(ids.shape[1]), "exact")
+        hidden, reads = self._run(layout.rows, layout.key_positions, None)
+        return self.head(hidden[0, : ids.shape[1]]), reads.windows
+
+    # ------------------------------------------------------------------ the public face of scoring and decoding
+
+    def log_likelihood(self, input_ids: Tensor, factorization: Factorization) -> Tensor:
+        """Exact log p of each predicted token: see `scoring.log_likelihood`."""
+        from anyorder import scoring
+
+        return scoring.log_likelihood(self, input_ids, factorization)
+
+    def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor | GenerateOutput:
+        """Fill the predicted positions: see `decoding.generate`."""
+        from anyorder import decoding
+
+        return decoding.generate(self, input_ids, **kwargs)
+
+    def stream(self, input_ids: Tensor, **kwargs: Any) -> Iterator[Commit]:
+        """The same, commit by commit: see `decoding.stream`."""
+        from anyorder import decoding
+
+        return decoding.stream(self, input_ids, **kwargs)
+
+
+@torch.no_grad()
+def _mean_embedding(embedding: nn.Module) -> Tensor:
+    """(E,) mean of what the embedding returns over the vocabulary, whatever scale the family applies."""
+    weight = cast(Tensor, embedding.weight)
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for ids in torch.arange(weight.shape[0], device=weight.device).split(8192):
+        total += embedding(ids).double().sum(dim=0)
+    return (total / weight.shape[0]).to(weight.dtype)
+
+
+AutoConfig.register(AnyOrderConfig.model_type, AnyOrderConfig)
+AutoModelForCausalLM.register(AnyOrderConfig, AnyOrderForCausalLM)

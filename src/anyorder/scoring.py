@@ -1,0 +1,123 @@
+"""Exact likelihoods: one forward, any order, any subset given any other.
+
+Logits of a long text would be text x vocabulary floats; they are made in chunks, and only for predicted positions.
+
+Shapes: B batch, T columns, N predictions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from anyorder.factorization import Factorization
+
+if TYPE_CHECKING:
+    from anyorder.modeling import AnyOrderForCausalLM
+
+CHUNK = 256
+"""Predictions whose logits exist at the same time: 256 x 49,152 floats are 50 MB."""
+
+
+@torch.no_grad()
+def log_likelihood(model: AnyOrderForCausalLM, input_ids: Tensor, factorization: Factorization) -> Tensor:
+    """log p of each predicted token given what its group may read (design section 1).
+
+    Args:
+        model: a converted model.
+        input_ids: (B, T) int64.
+        factorization: of the same shape.
+
+    Returns:
+        (B, T) float32 in nats; 0 at positions that are not predicted. A row's sum is log P(predicted | given).
+
+    Raises:
+        ValueError: if ids and factorization do not fit each other or the model.
+    """
+    hidden, predicted = model.predictions(input_ids, factorization)
+    targets = input_ids.to(hidden.device)[predicted.to(hidden.device)]
+    scores = [
+        token_log_probs(model.head(states), ids)
+        for states, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    out = torch.zeros(predicted.shape, device=hidden.device)
+    if scores:
+        out[predicted.to(hidden.device)] = torch.cat(scores)
+    return out.to(input_ids.device)
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(N,) float32: log softmax of (N, V) logits at (N,) tokens."""
+    logits = logits.float()
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+def conditional_log_likelihood(
+    model: AnyOrderForCausalLM,
+    input_ids: Tensor,
+    targets: Sequence[int],
+    given: Sequence[int],
+    group_size: int = 1,
+) -> Tensor:
+    """log P(targets | given) for any two sets of positions; all other tokens are neither read nor predicted.
+
+    Args:
+        model: a converted model.
+        input_ids: (B, T) int64; the same positions are scored in every row.
+        targets: positions to predict, from left to right, in groups of `group_size`.
+        given: positions to read; at least one.
+
+    Returns:
+        (B,) float32, in nats.
+    """
+    one = Factorization.conditional(targets, given, input_ids.shape[1], group_size)
+    return log_likelihood(model, input_ids, Factorization.stack([one] * input_ids.shape[0])).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class OrderSpread:
+    """How far the likelihood of one text depends on the order in which it is predicted."""
+
+    log_likelihoods: Tensor
+    """(B, K) float32, in nats: log P of each row's predicted tokens under each of K orders."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(B,) float32."""
+        return self.log_likelihoods.mean(dim=1)
+
+    @property
+    def standard_deviation(self) -> Tensor:
+        """(B,) float32: 0 for a perfectly consistent model."""
+        return self.log_likelihoods.std(dim=1)
+
+
+def order_spread(
+    model: AnyOrderForCausalLM,
+    input_ids: Tensor,
+    factorization: Factorization | None = None,
+    orders: int = 8,
+    group_size: int = 1,
+    generator: torch.Generator | None = None,
+) -> OrderSpread:
+    """Likelihoods of the same tokens under random orders.
+
+    Args:
+        model: a converted model.
+        input_ids: (B, T) int64.
+        factorization: says which positions are given and which are predicted; default: all but the first.
+        orders: how many random orders, at least 2.
+        group_size: of every order.
+        generator: draws the orders.
+    """
+    if orders < 2:
+        raise ValueError(f"a spread needs at least 2 orders, got {orders}")
+    if factorization is None:
+        one = Factorization.left_to_right(input_ids.shape[1])
+        factorization = Factorization.stack([one] * input_ids.shape[0])
+    drawn = [factorization.regroup(group_size, "random", generator) for _ in range(orders)]
+    return OrderSpread(torch.stack([log_likelihood(model, input_ids, f).sum(dim=1) for f in drawn], dim=1))
