@@ -31,7 +31,15 @@ MASK_ELEMENTS = 1 << 22
 """Largest boolean mask, in elements, that one SDPA call is given; longer row ranges are cut into blocks, each of
 which reads only the keys up to its own highest interval."""
 
+ADDITIVE_ELEMENTS = 1 << 16
+"""Up to this size a mask is turned once a forward into the floats that SDPA's CPU kernel wants, instead of in every
+layer. Larger masks stay booleans."""
+
 _UNSUPPORTED = ("s_aux", "position_bias", "sinks")
+
+
+Block = tuple[slice, slice, Tensor | None]
+"""Some rows of a forward, the keys they read, and which of those each of them reads."""
 
 
 class Reads:
@@ -61,7 +69,7 @@ class Reads:
         self._rows, self._key_positions, self._device, self._store = rows, key_positions, device, store
         self._slots = rows.slots.to(device) if store is not None else rows.slots
         self._start = _common_start(rows.slots, store.capacity) if store is not None else None
-        self._plans: dict[tuple[int | None, int], list[tuple[slice, slice, Tensor | None]]] = {}
+        self._plans: dict[tuple[int | None, int, torch.dtype], list[Block]] = {}
         self._block_masks: dict[int | None, Any] = {}
 
     def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,20 +79,21 @@ class Reads:
             key, value = self._store.append(layer, key, value, self._slots, self._start)
         return key[:, :, : self.key_count], value[:, :, : self.key_count]
 
-    def plan(self, window: int | None, repeats: int) -> list[tuple[slice, slice, Tensor | None]]:
+    def plan(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Block]:
         """Blocks of rows, the keys each reads, and its mask (None: reads them all).
 
-        Masks have shape (B, 1, repeats * rows, keys): the heads that share a key head are stacked as rows.
+        Masks have shape (B, 1, repeats * rows, keys): the heads that share a key head are stacked as rows. They are
+        boolean, or small and additive in `dtype`.
         """
-        if (window, repeats) not in self._plans:
+        if (window, repeats, dtype) not in self._plans:
             B, R = self._rows.lo.shape
             size = max(1, MASK_ELEMENTS // (B * repeats * self.key_count))
-            self._plans[window, repeats] = [
-                self._block(slice(first, min(first + size, R)), window, repeats) for first in range(0, R, size)
+            self._plans[window, repeats, dtype] = [
+                self._block(slice(first, min(first + size, R)), window, repeats, dtype) for first in range(0, R, size)
             ]
-        return self._plans[window, repeats]
+        return self._plans[window, repeats, dtype]
 
-    def _block(self, rows: slice, window: int | None, repeats: int) -> tuple[slice, slice, Tensor | None]:
+    def _block(self, rows: slice, window: int | None, repeats: int, dtype: torch.dtype) -> Block:
         lo, hi = self._rows.lo[:, rows], self._rows.hi[:, rows]
         keys = slice(int(lo.min()), int(hi.max()))
         if window is None and bool((lo == keys.start).all()) and bool((hi == keys.stop).all()):
@@ -96,12 +105,14 @@ class Reads:
             mask &= (here - there).abs() < window
         B, r, k = mask.shape
         mask = mask.to(self._device)[:, None, None].expand(B, 1, repeats, r, k).reshape(B, 1, repeats * r, k)
+        if dtype != torch.bool and mask.device.type == "cpu" and mask.numel() <= ADDITIVE_ELEMENTS:
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
         return rows, keys, mask
 
     def block_mask(self, window: int | None) -> Any:
         """The same rule as a FlexAttention `BlockMask`, which skips the blocks that no row reads."""
         if window not in self._block_masks:
-            from torch.nn.attention.flex_attention import create_block_mask
+            from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
             rows, device = self._rows, self._device
             lo, hi, here = rows.lo.to(device), rows.hi.to(device), rows.positions.to(device)
@@ -110,11 +121,12 @@ class Reads:
             def interval(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 return (k >= lo[b, q]) & (k < hi[b, q])
 
-            def windowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return interval(b, h, q, k) & ((here[b, q] - there[b, k]).abs() < window)
+            def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                assert window is not None
+                return (here[b, q] - there[b, k]).abs() < window
 
             B, R = rows.lo.shape
-            rule = interval if window is None else windowed
+            rule = interval if window is None else and_masks(interval, near)
             self._block_masks[window] = create_block_mask(rule, B, None, R, self.key_count, device=device)
         return self._block_masks[window]
 
@@ -167,7 +179,7 @@ def _blocks(
     G = key.shape[1]
     grouped = query.view(B, G, H // G, R, D) if query.is_contiguous() else query.reshape(B, G, H // G, R, D)
     outputs = []
-    for rows, keys, mask in reads.plan(window, H // G):
+    for rows, keys, mask in reads.plan(window, H // G, query.dtype if softcap is None else torch.bool):
         q = grouped[:, :, :, rows].reshape(B, G, -1, D)
         k, v = key[:, :, keys], value[:, :, keys]
         if softcap is None:
@@ -201,8 +213,7 @@ def _causal_softcap(
     dropout: float,
     softcap: float,
 ) -> Tensor:
-    B, H, R, D = query.shape
-    repeats = H // key.shape[1]
+    R, repeats = query.shape[2], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if mask is None:  # transformers leaves the mask out where causality says it all
         K = key.shape[2]

@@ -106,7 +106,7 @@ class _Run:
         self.end = torch.full((ids.shape[0],), ids.shape[1])  # column of the earliest committed end
         self.forwards = 0
 
-    @torch.no_grad()
+    @torch.inference_mode()  # a few per cent faster than no_grad; what leaves is made outside of it
     def __iter__(self) -> Iterator[_Step]:
         columns, _, _ = compact(self.known)
         tokens = Arrangement(self.ids, self.factorization, self.model.recipe)
@@ -152,7 +152,7 @@ class _Run:
         if self.forced is not None:
             forced = self.forced[row, column].to(token.device)
             token = torch.where(forced == FREE, token, forced)
-        log_prob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        log_prob = logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0]
         return token.cpu(), log_prob.cpu()
 
     def _commit(self, row: Tensor, column: Tensor, token: Tensor, log_prob: Tensor) -> Tensor:
@@ -272,7 +272,9 @@ def _request(
     if not isinstance(policy, Policy):
         raise ValueError(f"policy must come from anyorder.policies, got {policy!r}")
     if input_ids.ndim != 2 or input_ids.shape[0] == 0 or input_ids.is_floating_point():
-        raise ValueError(f"input_ids must be integers of shape (batch, length), got {input_ids.dtype} {tuple(input_ids.shape)}")
+        raise ValueError(
+            f"input_ids must be integers of shape (batch, length), got {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
     if factorization is not None:
         for name, value in (("max_new_tokens", max_new_tokens), ("attention_mask", attention_mask)):
             if value is not None:
@@ -287,7 +289,9 @@ def _request(
     prompts = [row[keep.bool()] for row, keep in zip(input_ids.cpu(), mask.cpu(), strict=True)]
     lengths = [len(prompt) for prompt in prompts]
     if not all(lengths):
-        raise ValueError(f"prompt {lengths.index(0)} is empty: generation needs at least one token, usually the start token")
+        raise ValueError(
+            f"prompt {lengths.index(0)} is empty: generation needs at least one token, usually the start token"
+        )
     ids = torch.zeros(len(prompts), max(lengths) + new, dtype=torch.int64)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt

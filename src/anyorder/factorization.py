@@ -51,7 +51,9 @@ class Factorization:
                 f"{tuple(group_ids.shape)}"
             )
         object.__setattr__(self, "group_ids", group_ids.to(torch.int64))
-        documents = torch.zeros_like(self.group_ids) if self.document_ids is None else torch.as_tensor(self.document_ids)
+        documents = (
+            torch.zeros_like(self.group_ids) if self.document_ids is None else torch.as_tensor(self.document_ids)
+        )
         if documents.shape != group_ids.shape:
             raise ValueError(
                 f"document_ids has shape {tuple(documents.shape)}, group_ids has shape {tuple(group_ids.shape)}: "
@@ -132,7 +134,9 @@ class Factorization:
         blank = torch.as_tensor(blank)
         blank = blank[None] if blank.ndim == 1 else blank
         if blank.dtype != torch.bool or blank.ndim != 2:
-            raise ValueError(f"blank must be a bool tensor of shape (batch, length), got {blank.dtype} {tuple(blank.shape)}")
+            raise ValueError(
+                f"blank must be a bool tensor of shape (batch, length), got {blank.dtype} {tuple(blank.shape)}"
+            )
         present = torch.ones_like(blank) if attention_mask is None else torch.as_tensor(attention_mask).bool()
         if present.shape != blank.shape:
             raise ValueError(f"attention_mask has shape {tuple(present.shape)}, blank has {tuple(blank.shape)}")
@@ -141,7 +145,12 @@ class Factorization:
 
     @classmethod
     def conditional(
-        cls, targets: Sequence[int], given: Sequence[int], length: int, group_size: int = 1, order: str = "left_to_right"
+        cls,
+        targets: Sequence[int],
+        given: Sequence[int],
+        length: int,
+        group_size: int = 1,
+        order: str = "left_to_right",
     ) -> Factorization:
         """P(targets | given): every other position of the sequence is absent, neither read nor predicted."""
         ids = torch.full((1, length), ABSENT)
@@ -312,7 +321,8 @@ class Factorization:
         if (ids < ABSENT).any():
             b, t = (ids < ABSENT).nonzero()[0].tolist()
             raise ValueError(
-                f"row {b}, position {t}: group id {int(ids[b, t])}; use {GIVEN} (given), {ABSENT} (absent) or a step from 0"
+                f"row {b}, position {t}: group id {int(ids[b, t])}; "
+                f"use {GIVEN} (given), {ABSENT} (absent) or a step from 0"
             )
         if (documents[:, 0] != 0).any() or ((documents.diff(dim=1) < 0) | (documents.diff(dim=1) > 1)).any():
             raise ValueError("document_ids must start at 0 in every row and grow by 0 or 1 from column to column")

@@ -62,22 +62,23 @@ class Arrangement:
 
     A parallel forward fills it at once from a factorization; decoding appends group after group. Either way
     the rows come from the same two methods, so that cached and parallel decoding cannot drift apart.
+
+    Tables have one spare entry, number T, that takes what padding writes.
     """
 
     def __init__(self, input_ids: Tensor, factorization: Factorization, recipe: str):
         assert recipe in RECIPES
-        self.recipe = recipe
-        self.starts = factorization.document_starts
-        self.ids = input_ids  # decoding fills it in place
         B, T = input_ids.shape
-        device = input_ids.device
+        table = torch.zeros((B, T + 1), dtype=torch.int64, device=input_ids.device)
+        self.recipe = recipe
         self.spare = T
-        self._batch = torch.arange(B, device=device)[:, None]
-        self.ranks = torch.full((B, T), T, device=device)  # column -> rank; T: not known yet
-        self.columns = torch.zeros((B, T), dtype=torch.int64, device=device)  # rank -> column
-        self.counts = torch.zeros(B, dtype=torch.int64, device=device)  # ranks in use
-        self.ends = torch.zeros((B, T), dtype=torch.int64, device=device)  # rank -> end of its group
-        self.reach = torch.zeros((B, T), dtype=torch.int64, device=device)  # rank -> highest column up to it
+        self.ids = input_ids  # decoding fills it in place
+        self.starts = torch.nn.functional.pad(factorization.document_starts, (0, 1))
+        self.ranks = table + T  # column -> rank; T where it is not known yet
+        self.columns = table  # rank -> column
+        self.ends = table.clone()  # rank -> end of its group
+        self.reach = table.clone()  # rank -> highest column up to it
+        self.counts = table[:, 0].clone()  # ranks in use
 
     @classmethod
     def whole(cls, input_ids: Tensor, factorization: Factorization, recipe: str) -> tuple[Arrangement, Tensor]:
@@ -89,19 +90,17 @@ class Arrangement:
         columns = late.argsort(dim=1, stable=True)
         columns = columns.gather(1, factorization.documents.gather(1, columns).argsort(dim=1, stable=True))
         every = torch.arange(T, device=groups.device).expand(B, T)
-        sorted_groups = late.gather(1, columns)
-        sorted_documents = factorization.documents.gather(1, columns)
-        new = (sorted_groups.diff(dim=1) != 0) | (sorted_documents.diff(dim=1) != 0)
+        groups, documents = late.gather(1, columns), factorization.documents.gather(1, columns)
+        new = (groups.diff(dim=1) != 0) | (documents.diff(dim=1) != 0)
         first = torch.nn.functional.pad(new, (1, 0), value=True)
         group_start = torch.where(first, every, 0).cummax(dim=1).values
         last = torch.nn.functional.pad(new, (0, 1), value=True)
-        self.ends = torch.where(last, every + 1, T).flip(1).cummin(dim=1).values.flip(1)
-        self.columns = columns
-        self.ranks = torch.empty_like(columns).scatter_(1, columns, every.contiguous())
-        self.reach = columns.cummax(dim=1).values
-        present = late.gather(1, columns) < T
-        self.counts = ((every + 1) * present).amax(dim=1)
-        return self, group_start.gather(1, self.ranks)
+        self.ends[:, :T] = torch.where(last, every + 1, T).flip(1).cummin(dim=1).values.flip(1)
+        self.columns[:, :T] = columns
+        self.ranks.scatter_(1, columns, every)
+        self.reach[:, :T] = columns.cummax(dim=1).values
+        self.counts = ((every + 1) * (groups < T)).amax(dim=1)
+        return self, group_start.gather(1, self.ranks[:, :T])
 
     def append(self, columns: Tensor, counts: Tensor) -> None:
         """Give the next ranks to `counts[b]` columns of each row.
@@ -110,21 +109,16 @@ class Arrangement:
             columns: (B, C) int64, ascending along a row; entries from `counts[b]` on are ignored.
             counts: (B,) int64.
         """
-        B, C = columns.shape
-        offset = torch.arange(C, device=columns.device)
+        offset = torch.arange(columns.shape[1], device=columns.device)
         used = offset < counts[:, None]
-        b = self._batch.expand(B, C)[used]
-        rank = (self.counts[:, None] + offset)[used]
-        column = columns[used]
-        self.columns[b, rank] = column
-        self.ranks[b, column] = rank
-        self.ends[b, rank] = (self.counts + counts)[:, None].expand(B, C)[used]
-        self.reach = torch.where(self.ranks_in_use(counts), self.columns, 0).cummax(dim=1).values
+        rank = torch.where(used, self.counts[:, None] + offset, self.spare)
+        columns = torch.where(used, columns, self.spare)
+        reach = self.reach.gather(1, (self.counts[:, None] - 1).clamp(min=0)).maximum(columns.cummax(dim=1).values)
         self.counts = self.counts + counts
-
-    def ranks_in_use(self, more: Tensor) -> Tensor:
-        """(B, T) bool: the ranks below `counts + more`."""
-        return torch.arange(self.columns.shape[1], device=more.device) < (self.counts + more)[:, None]
+        self.columns.scatter_(1, rank, columns)
+        self.ranks.scatter_(1, columns, rank)
+        self.ends.scatter_(1, rank, self.counts[:, None].expand_as(rank))
+        self.reach.scatter_(1, rank, reach)
 
     # ------------------------------------------------------------------ rows
 
@@ -202,9 +196,7 @@ def join(content: _Half, query: _Half) -> Rows:
     def both(name: str) -> Tensor:
         return torch.cat([getattr(content, name), getattr(query, name)], dim=1)
 
-    return Rows(
-        both("ids"), both("seeded"), both("position"), both("lo"), both("hi"), both("gate"), slots=content.slot
-    )
+    return Rows(both("ids"), both("seeded"), both("position"), both("lo"), both("hi"), both("gate"), slots=content.slot)
 
 
 @dataclass(frozen=True)
@@ -214,8 +206,10 @@ class Layout:
     rows: Rows
     logit_rows: Tensor
     """(B, T) int64: the row of the forward whose output predicts the column; -1 where nothing is predicted."""
+    key_columns: Tensor
+    """(B, S) int64: the column of the token at each rank."""
     key_positions: Tensor
-    """(B, S) int64: position within its document of the token at each rank."""
+    """(B, S) int64: its position within its document."""
 
 
 def lay_out(input_ids: Tensor, factorization: Factorization, recipe: str) -> Layout:
@@ -237,7 +231,8 @@ def lay_out(input_ids: Tensor, factorization: Factorization, recipe: str) -> Lay
     query = arrangement.queries(columns, used, group_start.gather(1, columns))
     logit_rows = torch.where(free, group_start - 1, S + place).masked_fill(~predicted, -1)
     key_columns = arrangement.columns[:, :S]
-    return Layout(join(content, query), logit_rows, key_columns - arrangement.starts.gather(1, key_columns))
+    key_positions = key_columns - arrangement.starts.gather(1, key_columns)
+    return Layout(join(content, query), logit_rows, key_columns, key_positions)
 
 
 def compact(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,3 +248,38 @@ def compact(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Q = int(chosen.sum(dim=1).max())
     columns = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :Q]
     return columns, chosen.gather(1, columns), chosen.cumsum(dim=1) - 1
+
+
+def describe(layout: Layout, names: list[list[str]]) -> str:
+    """The rows of a forward as text: where each starts and stands, and which tokens it reads.
+
+    Args:
+        layout: from `lay_out`.
+        names: for each row of the batch, how to print the token of each column.
+    """
+    rows, lines = layout.rows, []
+    for b, name in enumerate(names):
+        if len(names) > 1:
+            lines.append(f"row {b}")
+        order = layout.key_columns[b].tolist()
+        used = int((rows.slots[b] < layout.logit_rows.shape[1]).sum())
+        head = " ".join(name[column] for column in order[:used])
+        width = max(len("starts from"), *map(len, name)) + 2
+        lines.append(f"{'row':9}{'predicts':{width}}{'starts from':{width}}{'at':>3}   reads  {head}")
+        predicts: dict[int, list[int]] = {}
+        for column, r in enumerate(layout.logit_rows[b].tolist()):
+            if r >= 0:
+                predicts.setdefault(r, []).append(column)
+        for r in range(rows.count):
+            kind = "content" if r < rows.content_count else "query"
+            if r >= used and r not in predicts:
+                continue
+            lo, hi = int(rows.lo[b, r]), int(rows.hi[b, r])
+            picture = " ".join(
+                ("#" if lo <= k < hi else ".") * len(name[column]) for k, column in enumerate(order[:used])
+            )
+            position = int(rows.positions[b, r])
+            start = name[int(layout.rows.lo[b, r]) + position] if bool(rows.seeded[b, r]) else "w"
+            outputs = ", ".join(name[column] for column in predicts.get(r, []))
+            lines.append(f"{kind:9}{outputs:{width}}{start:{width}}{position:3d}          {picture}")
+    return "\n".join(lines)

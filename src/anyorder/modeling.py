@@ -9,6 +9,7 @@ Shapes: B batch, T columns, R rows, N predictions, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -41,7 +42,9 @@ class AnyOrderConfig(PretrainedConfig):
 
     model_type = "anyorder"
 
-    def __init__(self, base_config: PretrainedConfig | dict[str, Any] | None = None, recipe: str = "exact", **kwargs: Any):
+    def __init__(
+        self, base_config: PretrainedConfig | dict[str, Any] | None = None, recipe: str = "exact", **kwargs: Any
+    ):
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
         if isinstance(base_config, dict):
@@ -158,7 +161,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         return converted.train(causal_lm.training)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> AnyOrderForCausalLM:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> AnyOrderForCausalLM:
         """Load a converted model from a directory or the hub; safetensors only.
 
         Raises:
@@ -167,7 +170,11 @@ class AnyOrderForCausalLM(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         config = kwargs.get("config") or AutoConfig.from_pretrained(
             pretrained_model_name_or_path,
-            **{key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs},
+            **{
+                key: kwargs[key]
+                for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+                if key in kwargs
+            },
         )
         if config.model_type != cls.config_class.model_type:
             raise ValueError(
@@ -183,13 +190,11 @@ class AnyOrderForCausalLM(PreTrainedModel):
         ]
         if problems:
             raise ValueError(f"{pretrained_model_name_or_path} does not fit its config; weights {'; '.join(problems)}")
-        try:
+        with contextlib.suppress(OSError):  # an optional file: the ids in the base config serve
             model.causal_lm.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
-        except OSError:
-            pass  # an optional file: the ids in the base config serve
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write config.json, safetensors and the generation config; `from_pretrained` gives the same model back."""
         super().save_pretrained(save_directory, **kwargs)
         if self.causal_lm.generation_config is not None:
@@ -212,7 +217,12 @@ class AnyOrderForCausalLM(PreTrainedModel):
     @property
     def decoder(self) -> PreTrainedModel:
         """The base model without its head."""
-        return getattr(self.causal_lm, self.causal_lm.base_model_prefix)
+        return cast(PreTrainedModel, getattr(self.causal_lm, self.causal_lm.base_model_prefix))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding table: token ids are below it."""
+        return int(cast(Tensor, self.get_input_embeddings().weight).shape[0])
 
     @property
     def recipe(self) -> str:
@@ -275,14 +285,17 @@ class AnyOrderForCausalLM(PreTrainedModel):
         """(B, T) ids on the factorization's device, 0 where absent; ValueError names what does not fit."""
         if input_ids.shape != factorization.group_ids.shape:
             raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}, the factorization {tuple(factorization.group_ids.shape)}"
+                f"input_ids has shape {tuple(input_ids.shape)}, "
+                f"the factorization {tuple(factorization.group_ids.shape)}"
             )
         ids = input_ids.to(factorization.device).masked_fill(~factorization.is_present, 0)
-        vocabulary = self.get_input_embeddings().weight.shape[0]
+        vocabulary = self.vocabulary_size
         bad = (ids < 0) | (ids >= vocabulary)
         if bool(bad.any()):
             b, t = bad.nonzero()[0].tolist()
-            raise ValueError(f"row {b}, position {t}: token id {int(ids[b, t])} is outside the vocabulary 0..{vocabulary - 1}")
+            raise ValueError(
+                f"row {b}, position {t}: token id {int(ids[b, t])} is outside the vocabulary 0..{vocabulary - 1}"
+            )
         columns = torch.arange(factorization.length, device=factorization.device)
         longest = int(((columns - factorization.document_starts) * factorization.is_present).max()) + 1
         limit = context_length(self.causal_lm.config)
@@ -318,7 +331,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
             loss = nn.functional.cross_entropy(logits.float(), labels.to(logits.device)[where])
         out = logits.new_zeros(*where.shape, logits.shape[-1])
         out[where] = logits
-        return CausalLMOutput(loss=loss, logits=out)  # type: ignore[arg-type]
+        return CausalLMOutput(loss=loss, logits=out)
 
     def _probe(self, ids: Tensor) -> tuple[Tensor, dict[int, int | None]]:
         """(T, V) logits of left-to-right content rows, whatever the recipe, and the window of each layer."""

@@ -48,7 +48,7 @@ class Policy(ABC):
 
 @dataclass(frozen=True)
 class GroupWise(Policy):
-    """Group-wise autoregressive sampling (A3, section on decoding): each step commits the next group, whatever the logits."""
+    """Group-wise autoregressive sampling (A3, arXiv 2601.13228): each step commits the next group."""
 
     size: int | None = None
 

@@ -114,7 +114,9 @@ class Sampler:
         return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
-def uniforms(lengths: Sequence[int], columns: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+def uniforms(
+    lengths: Sequence[int], columns: int, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Tensor:
     """(B, T) float64 in [0, 1): one number a position.
 
     Args:

@@ -52,8 +52,7 @@ def log_likelihood(model: AnyOrderForCausalLM, input_ids: Tensor, factorization:
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """(N,) float32: log softmax of (N, V) logits at (N,) tokens."""
-    logits = logits.float()
-    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    return logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
 
 
 def conditional_log_likelihood(

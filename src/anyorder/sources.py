@@ -131,7 +131,11 @@ def dequantised(path: Path) -> Path:
 def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that does not remember a quantiser, and so can be saved."""
     config = type(model.config).from_dict(
-        {key: value for key, value in model.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
+        {
+            key: value
+            for key, value in model.config.to_dict().items()
+            if key not in ("quantization_config", "_name_or_path")
+        }
     )
     plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
@@ -140,6 +144,7 @@ def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def cache_directory() -> Path:
+    """Where dequantised models are kept."""
     own = os.environ.get("ANYORDER_CACHE")
     if own:
         return Path(own).expanduser()

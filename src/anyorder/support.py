@@ -8,7 +8,7 @@ never converted into something else.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -26,12 +26,13 @@ PROBE_TOLERANCE = 2e-2
 it; a position or a mask that is off by one does not."""
 
 
-def refuse(config: PretrainedConfig, reason: str) -> None:
+def refuse(config: PretrainedConfig, reason: str) -> NoReturn:
+    """Raise the ValueError that says which architecture is refused and why."""
     raise ValueError(f"{config.model_type} cannot be converted: {reason}")
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Raise ValueError, with the reason, for an architecture that intervals over rotary or learned positions cannot serve."""
+    """Raise ValueError, with the reason, for an architecture that intervals over positions cannot serve."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         refuse(config, "it is an encoder-decoder; only decoder-only language models have one causal stream")
@@ -41,7 +42,10 @@ def check_config(config: PretrainedConfig) -> None:
         refuse(config, "its recurrent layers read a running state, not an interval of keys")
     layer_types = set(getattr(config, "layer_types", None) or []) - _SERVED_LAYERS
     if layer_types:
-        refuse(config, f"it has layers of type {', '.join(sorted(layer_types))}; only full and sliding attention are served")
+        refuse(
+            config,
+            f"it has layers of type {', '.join(sorted(layer_types))}; only full and sliding attention are served",
+        )
     if _rope_type(config) == "dynamic":
         refuse(config, "dynamic RoPE rescales with the length of each forward, so cached keys would not match")
 
@@ -112,4 +116,6 @@ def _check_windows(config: PretrainedConfig, windows: dict[int, int | None]) -> 
     else:
         expected = config.num_hidden_layers if getattr(config, "sliding_window", None) else 0
     if told < expected:
-        refuse(config, f"{expected} of its layers have a sliding window, but only {told} say so to the attention function")
+        refuse(
+            config, f"{expected} of its layers have a sliding window, but only {told} say so to the attention function"
+        )

@@ -1,0 +1,46 @@
+"""Text with blanks, as strings: fixed pieces and what goes between them. Knows no tokens and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Template:
+    """Fixed pieces of text with a blank between each two; the outer pieces may be empty."""
+
+    pieces: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str, blank: str = "___") -> Template:
+        """Split at every occurrence of the marker.
+
+        Raises:
+            ValueError: if the marker is empty or does not occur.
+        """
+        if not isinstance(text, str) or not isinstance(blank, str):
+            raise ValueError(f"text and blank must be strings, got {type(text).__name__} and {type(blank).__name__}")
+        if not blank:
+            raise ValueError("the blank marker is empty")
+        pieces = tuple(text.split(blank))
+        if len(pieces) == 1:
+            raise ValueError(f"no blank in {_shorten(text)!r}: mark what is to be filled with {blank!r}")
+        return cls(pieces)
+
+    @property
+    def blanks(self) -> int:
+        return len(self.pieces) - 1
+
+    def fill(self, fills: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and the (start, end) character offsets of each fill in it."""
+        assert len(fills) == self.blanks
+        text, spans = self.pieces[0], []
+        for fill, piece in zip(fills, self.pieces[1:], strict=True):
+            spans.append((len(text), len(text) + len(fill)))
+            text += fill + piece
+        return text, spans
+
+
+def _shorten(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
