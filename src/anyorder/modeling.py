@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from anyorder.decoding import Commit, GenerateOutput
+    from anyorder.policies import Policy
 
 
 class AnyOrderConfig(PretrainedConfig):
@@ -109,7 +111,8 @@ class AnyOrderForCausalLM(PreTrainedModel):
             )
         if causal_lm is None:
             check_config(config.base_config)
-            causal_lm = AutoModelForCausalLM.from_config(config.base_config)
+            # The dtype that from_pretrained was asked for, not the one in which the base was saved.
+            causal_lm = AutoModelForCausalLM.from_config(config.base_config, dtype=torch.get_default_dtype())
         check_model(causal_lm)
         self.causal_lm = causal_lm
         self.causal_lm.set_attn_implementation(attention.NAME)
@@ -181,7 +184,8 @@ class AnyOrderForCausalLM(PreTrainedModel):
                 f"{pretrained_model_name_or_path} holds a {config.model_type} model, not a converted one: "
                 "use AnyOrderForCausalLM.from_causal_lm"
             )
-        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        # Shapes that differ are reported with the other problems, not half loaded with a warning.
+        kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         problems = [
             f"{kind.replace('_keys', '')}: {', '.join(map(str, sorted(info[kind])[:3]))}"
@@ -333,10 +337,14 @@ class AnyOrderForCausalLM(PreTrainedModel):
         out[where] = logits
         return CausalLMOutput(loss=loss, logits=out)
 
-    def _probe(self, ids: Tensor) -> tuple[Tensor, dict[int, int | None]]:
-        """(T, V) logits of left-to-right content rows, whatever the recipe, and the window of each layer."""
+    def _probe(self, ids: Tensor, stride: int = 1) -> tuple[Tensor, dict[int, int | None]]:
+        """(T, V) logits of left-to-right content rows, whatever the recipe, and the window of each layer.
+
+        The tokens stand `stride` positions apart.
+        """
         layout = lay_out(ids.cpu(), Factorization.left_to_right(ids.shape[1]), "exact")
-        hidden, reads = self._run(layout.rows, layout.key_positions, None)
+        rows = dataclasses.replace(layout.rows, positions=layout.rows.positions * stride)
+        hidden, reads = self._run(rows, layout.key_positions * stride, None)
         return self.head(hidden[0, : ids.shape[1]]), reads.windows
 
     # ------------------------------------------------------------------ the public face of scoring and decoding
@@ -347,17 +355,29 @@ class AnyOrderForCausalLM(PreTrainedModel):
 
         return scoring.log_likelihood(self, input_ids, factorization)
 
-    def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor | GenerateOutput:
+    def generate(
+        self,
+        input_ids: Tensor,
+        factorization: Factorization | None = None,
+        policy: Policy | None = None,
+        **options: Any,
+    ) -> Tensor | GenerateOutput:
         """Fill the predicted positions: see `decoding.generate`."""
         from anyorder import decoding
 
-        return decoding.generate(self, input_ids, **kwargs)
+        return decoding.generate(self, input_ids, factorization, policy, **options)
 
-    def stream(self, input_ids: Tensor, **kwargs: Any) -> Iterator[Commit]:
+    def stream(
+        self,
+        input_ids: Tensor,
+        factorization: Factorization | None = None,
+        policy: Policy | None = None,
+        **options: Any,
+    ) -> Iterator[Commit]:
         """The same, commit by commit: see `decoding.stream`."""
         from anyorder import decoding
 
-        return decoding.stream(self, input_ids, **kwargs)
+        return decoding.stream(self, input_ids, factorization, policy, **options)
 
 
 @torch.no_grad()

@@ -70,6 +70,8 @@ def check_model(causal_lm: PreTrainedModel) -> None:
 def check_conversion(model: AnyOrderForCausalLM) -> None:
     """Raise ValueError unless the converted model, left to right, gives its base model's logits on a short probe.
 
+    Its logits must also respond to positions: a model that numbers its inputs itself passes the first test.
+
     Skipped for weights on the meta device, which have no values to compare.
     """
     causal_lm, config = model.causal_lm, model.causal_lm.config
@@ -82,12 +84,15 @@ def check_conversion(model: AnyOrderForCausalLM) -> None:
         ids = torch.arange(1, PROBE_LENGTH + 1, device=weight.device)[None] % config.vocab_size
         base = causal_lm(input_ids=ids, use_cache=False).logits[0].float()
         ours, windows = model._probe(ids)
+        stretched, _ = model._probe(ids, stride=3)
     finally:
         causal_lm.train(training)
     _check_windows(config, windows)
     error = float((ours.float() - base).abs().max() / base.std().clamp(min=1e-6))
     if not error < PROBE_TOLERANCE:
         refuse(config, f"its logits change by {error:.2g} of their spread when attention runs over intervals")
+    if torch.equal(stretched, ours):
+        refuse(config, "its modelling code ignores position_ids, so tokens cannot be sorted")
 
 
 def context_length(config: PretrainedConfig) -> int | None:

