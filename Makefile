@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 .PHONY: demo test check install wheel bench clean
 
 demo: install ## convert SmolLM2, check that it is still itself, score a sentence in three orders, fill three texts
-	$(BIN)/python -m anyorder.demo
+	$(BIN)/python examples/demo.py
 
 test: install ## all tests
 	$(BIN)/python -m pytest

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
 
 DEFAULT_MODEL = "smollm2-135m"
+CHECKED_TEXT = "A language model predicts the next word. This one predicts any word, and still knows what it knew."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,12 +94,19 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    import torch
+
+    from anyorder.support import left_to_right_difference
+
     output: Path = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not options.overwrite:
         raise ValueError(f"{output} exists and is not empty; choose another directory, or add --overwrite")
     options.model = options.source
     model, tokenizer = _load(options)
-    error = equality(model, tokenizer) if model.recipe == "exact" else None
+    error = None
+    if model.recipe == "exact":
+        ids = torch.tensor([tokenizer.encode(CHECKED_TEXT, add_special_tokens=False)[:32]])
+        error = left_to_right_difference(model, ids.to(model.device))
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     report = {"output": str(output), "recipe": model.recipe, "parameters": sum(p.numel() for p in model.parameters())}
@@ -110,18 +118,6 @@ def _convert(options: argparse.Namespace) -> None:
     print(f"{options.source} -> {output}: {report['parameters']:,} parameters, recipe {model.recipe}")
     if error is not None:
         print(f"greatest difference of its left-to-right logits from the base model's: {error:.2g}")
-
-
-def equality(model: AnyOrderForCausalLM, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Greatest absolute difference of left-to-right logits between a converted model and its base, on one paragraph."""
-    import torch
-
-    text = "A language model predicts the next word. This one predicts any word, in any order, and knows what it knew."
-    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)], device=model.query_embedding.device)
-    with torch.no_grad():
-        base = model.causal_lm(input_ids=ids).logits[:, :-1]
-        ours = model(ids).logits[:, 1:]
-    return float((base.float() - ours.float()).abs().max())
 
 
 # ---------------------------------------------------------------------- generate
@@ -195,12 +191,10 @@ def _infill(options: argparse.Namespace) -> None:
     infiller = Infiller(model, tokenizer)
     length = options.length[0] if len(options.length) == 1 else options.length
     for number, text in enumerate(_progress(texts)):
-        result = infiller(
-            [text], blank=options.blank, length=length, group_size=options.group_size, order=options.order,
+        filled = infiller(
+            text, blank=options.blank, length=length, group_size=options.group_size, order=options.order,
             special_tokens=options.special_tokens, **_sampling(options, number),
         )  # fmt: skip
-        assert isinstance(result, list)
-        filled = result[0]
         if options.json:
             spans = [vars(span) for span in filled.spans]
             _print_json({"text": filled.text, "spans": spans, "log_prob": filled.log_prob, "forwards": filled.forwards})

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -84,6 +84,11 @@ class Infiller:
         self.model, self.tokenizer = model, tokenizer
         self.start_token_id = start_token(tokenizer) if start_token_id is None else start_token_id
         self._text_mask, self._space_mask = _vocabulary_masks(tokenizer, model.vocabulary_size)
+
+    @overload
+    def __call__(self, text: str, **options: Any) -> Infill: ...
+    @overload
+    def __call__(self, text: Sequence[str], **options: Any) -> list[Infill]: ...
 
     def __call__(self, text: str | Sequence[str], **options: Any) -> Infill | list[Infill]:
         """Fill every blank of one text, or of a batch of texts in one go.

@@ -11,6 +11,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 if TYPE_CHECKING:
@@ -93,6 +94,19 @@ def check_conversion(model: AnyOrderForCausalLM) -> None:
         refuse(config, f"its logits change by {error:.2g} of their spread when attention runs over intervals")
     if torch.equal(stretched, ours):
         refuse(config, "its modelling code ignores position_ids, so tokens cannot be sorted")
+
+
+@torch.no_grad()
+def left_to_right_difference(model: AnyOrderForCausalLM, input_ids: Tensor) -> float:
+    """Greatest absolute difference between left-to-right logits of a converted model and of its base.
+
+    Args:
+        model: converted with the exact recipe.
+        input_ids: (B, T) int64, at least two tokens a row.
+    """
+    base = model.causal_lm(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    ours = model(input_ids).logits[:, 1:]
+    return float((base.float() - ours.float()).abs().max())
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -1,0 +1,222 @@
+"""The command line, as a user types it, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyorder import AnyOrderForCausalLM, Factorization, Infiller, load
+from anyorder.cli import build_parser, main
+from anyorder.infilling import start_token
+
+COMMANDS = ("convert", "generate", "infill", "score", "show")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    errors = "\n".join(line for line in captured.err.splitlines() if "it/s]" not in line and "?it" not in line)
+    return code, captured.out, errors
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+
+
+def test_infill(capsys, checkpoint):
+    text = "a ___ b ___"
+    code, out, _ = run(capsys, "infill", text, "--model", checkpoint, "--length", 2, 3, "--json")
+    assert code == 0
+    record = json.loads(out)
+    expected = Infiller(*load(str(checkpoint)))(text, length=[2, 3])
+    assert record["text"] == expected.text
+    assert record["log_prob"] == pytest.approx(expected.log_prob)
+    assert record["forwards"] == expected.forwards
+    assert [span["text"] for span in record["spans"]] == [span.text for span in expected.spans]
+    for span in record["spans"]:
+        assert record["text"][span["start"] : span["end"]] == span["text"]
+    code, out, _ = run(capsys, "infill", text, "--model", checkpoint, "--length", 2, 3)
+    assert out == expected.text + "\n"
+
+
+def test_several_texts_give_one_object_a_line(capsys, checkpoint):
+    code, out, _ = run(capsys, "infill", "a ___", "___ b", "--model", checkpoint, "--length", 1, "--json")
+    assert code == 0
+    assert len([json.loads(line) for line in out.splitlines()]) == 2
+
+
+def test_generate(capsys, checkpoint):
+    arguments = ("generate", "a b", "--model", checkpoint, "--max-new-tokens", 5, "--json")
+    record = json.loads(run(capsys, *arguments)[1])
+    model, tokenizer = load(str(checkpoint))
+    ids = torch.tensor([tokenizer.encode("a b")])
+    tokens = model.causal_lm.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert record["continuation"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert record["text"] == "a b" + record["continuation"]
+    assert record["tokens"] == len(tokens)
+    grouped = json.loads(run(capsys, *arguments, "--group-size", 5)[1])
+    assert grouped["forwards"] == 1
+
+
+def test_sampling_is_seeded_and_each_text_has_its_own_seed(capsys, checkpoint):
+    arguments = ("generate", "--model", checkpoint, "--max-new-tokens", 8, "--temperature", 1.5)
+    first = run(capsys, *arguments, "a", "b", "--seed", 3)[1]
+    assert run(capsys, *arguments, "a", "b", "--seed", 3)[1] == first
+    assert run(capsys, *arguments, "b", "--seed", 4)[1] == first.split("\nb", 1)[1].join(["b", ""])
+    assert run(capsys, *arguments, "a", "b", "--seed", 5)[1] != first
+
+
+def test_score(capsys, checkpoint):
+    record = json.loads(run(capsys, "score", "a b é", "--model", checkpoint, "--json")[1])
+    model, tokenizer = load(str(checkpoint))
+    ids = torch.tensor([[start_token(tokenizer), *tokenizer.encode("a b é")]])
+    expected = float(model.log_likelihood(ids, Factorization.left_to_right(ids.shape[1])).sum())
+    assert record["log_prob"] == pytest.approx(expected)
+    assert record["tokens"] == ids.shape[1] - 1
+    assert record["nats_per_token"] == pytest.approx(-expected / record["tokens"])
+    assert record["bits_per_byte"] == pytest.approx(-expected / 6 / torch.log(torch.tensor(2.0)).item())
+    random = json.loads(
+        run(capsys, "score", "a b é", "--model", checkpoint, "--json", "--order", "random", "--seed", 1)[1]
+    )
+    assert random["log_prob"] != record["log_prob"]
+    assert "nats a token" in run(capsys, "score", "a b", "--model", checkpoint)[1]
+
+
+def test_show_loads_no_model(capsys):
+    code, out, _ = run(capsys, "show", "The cat ___ ___", "--group-size", 2)
+    assert code == 0
+    assert "0  ==##  '?2' '?3'" in out
+    assert "query    ?3           w" in out
+    record = json.loads(run(capsys, "show", "a b c", "--order", "random", "--seed", 2, "--json")[1])
+    assert sorted(record["group_ids"]) == [-1, 0, 1]
+    assert run(capsys, "show", " ")[0] == 2
+
+
+def test_convert_writes_a_model_that_loads(capsys, checkpoint, tmp_path):
+    code, out, _ = run(capsys, "convert", checkpoint, tmp_path / "new", "--dtype", "bfloat16", "--json")
+    assert code == 0
+    record = json.loads(out)
+    assert record["greatest_logit_difference"] < 0.1
+    model = AnyOrderForCausalLM.from_pretrained(tmp_path / "new")
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert run(capsys, "infill", "a ___", "--length", 1, "--model", tmp_path / "new")[0] == 0
+    code, _, errors = run(capsys, "convert", checkpoint, tmp_path / "new")
+    assert code == 2
+    assert "exists and is not empty" in errors
+    assert run(capsys, "convert", checkpoint, tmp_path / "new", "--overwrite", "--recipe", "paper")[0] == 0
+    assert AnyOrderForCausalLM.from_pretrained(tmp_path / "new").recipe == "paper"
+
+
+def test_texts_come_from_files_and_standard_input(capsys, checkpoint, tmp_path, monkeypatch):
+    options = ("--model", checkpoint, "--length", 1, "--json")
+    (tmp_path / "t.txt").write_bytes("é\r\n___\r\n".encode())
+    assert json.loads(run(capsys, "infill", "--file", tmp_path / "t.txt", *options)[1])["text"].startswith("é\r\n")
+    pipe(monkeypatch, "ü ___\n".encode())
+    assert json.loads(run(capsys, "infill", *options)[1])["text"].startswith("ü ")
+    pipe(monkeypatch, b"a ___")
+    assert json.loads(run(capsys, "infill", "-", *options)[1])["text"].startswith("a ")
+    pipe(monkeypatch, b"a ___\nb ___\n")
+    assert len(run(capsys, "infill", "--lines", *options)[1].splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["infill", "no blank"], "no blank in 'no blank'"),
+        (["infill", "a ___", "--model", "./nowhere"], "no model at './nowhere'"),
+        (["infill", "a ___", "--file", "x"], "not both"),
+        (["infill", "--file", "nowhere.txt"], "nowhere.txt"),
+        (["infill", "a ___", "--lines"], "--lines is for --file"),
+        (["show", ""], "the text is empty"),
+        (["show", "a b", "--given", "3"], "given must be between 1 and the length 2, got 3"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(capsys, arguments, message):
+    code, out, errors = run(capsys, *arguments)
+    assert code == 2
+    assert not out
+    assert message in errors
+    assert errors.startswith(f"anyorder {arguments[0]}: error: ")
+    assert "\n" not in errors
+
+
+def test_errors_behind_loading_are_one_line_too(capsys, checkpoint, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff ___")
+    for arguments, message in (
+        (["infill", "a ___", "--temperature", "0"], "temperature is 0"),
+        (["infill", "a ___", "--length", "1", "2"], "2 lengths for 1 blanks"),
+        (["infill", "___" + "a" * 100], "the model's context is 64"),
+        (["infill", "--file", tmp_path / "bad.txt"], "is not UTF-8 text"),
+        (["score", ""], "the text is empty"),
+        (["generate", "a", "--max-new-tokens", "100"], "the model's context is 64"),
+        (["generate", "a", "--device", "nonsense"], "nonsense"),
+    ):
+        code, _, errors = run(capsys, *arguments, "--model", checkpoint)
+        assert code == 2
+        assert message in errors.splitlines()[-1]
+        assert "Traceback" not in errors
+
+
+def test_debug_shows_the_traceback(checkpoint):
+    with pytest.raises(ValueError, match="no blank"):
+        main(["infill", "no blank", "--debug"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["infill", "a ___", "--length", "x"], ["score", "--group-size", "0"]]
+)
+def test_mistakes_in_arguments_are_one_line_too(capsys, arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_no_command_prints_the_help(capsys):
+    code, out, _ = run(capsys)
+    assert code == 2
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_page_has_an_example(capsys, command):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"example: anyorder {command} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_examples_of_the_help_pages_parse():
+    import shlex
+
+    parser = build_parser()
+    subparsers = next(action for action in parser._actions if action.dest == "command")
+    for command in COMMANDS:
+        example = subparsers.choices[command].epilog.removeprefix("example: anyorder ")
+        assert parser.parse_args(shlex.split(example)).command == command
+
+
+def test_help_and_mistakes_answer_without_importing_torch():
+    code = "import sys; from anyorder.cli import main; main(['infill', 'no blank']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "no blank" in done.stderr
+
+
+def test_python_m_anyorder():
+    done = subprocess.run([sys.executable, "-m", "anyorder", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("anyorder ")
+
+
+def test_a_closed_pipe_is_no_error(checkpoint: Path):
+    command = f"{sys.executable} -m anyorder show 'a b c' | head -n 0"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr

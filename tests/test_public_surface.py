@@ -1,0 +1,100 @@
+"""What others rely on, frozen: exported names, command-line options, the direction of imports."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import anyorder
+from anyorder.cli import build_parser
+
+PACKAGE = Path(anyorder.__file__).parent
+
+# Lower modules first. A module imports only from lines above its own, at the top of its file; what lies inside a
+# function (the public face of a class, cheap start-up) and what is for type checkers alone may look down.
+LAYERS = [
+    ["template"],
+    ["factorization"],
+    ["layout"],
+    ["cache"],
+    ["attention"],
+    ["support"],
+    ["modeling"],
+    ["sources", "reference", "scoring"],
+    ["sampling", "policies"],
+    ["decoding"],
+    ["infilling"],
+    ["cli"],
+    ["__main__", "__init__"],
+]
+
+
+def test_exported_names():
+    expected = ["AnyOrderConfig", "AnyOrderForCausalLM", "Factorization", "Infiller", "load", "policies"]
+    assert anyorder.__all__ == expected
+    for name in expected:
+        assert getattr(anyorder, name) is not None
+        assert name in dir(anyorder)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        anyorder.nothing  # noqa: B018
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, anyorder; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)])))
+def test_every_module_imports_alone_and_says_what_it_is(name):
+    if name != "__main__":
+        assert importlib.import_module(f"anyorder.{name}").__doc__
+    assert [name in layer for layer in LAYERS].count(True) == 1
+
+
+def test_imports_point_one_way():
+    height = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("anyorder"):
+                parts = (node.module or "").split(".")[1:] or [alias.name for alias in node.names]
+                for part in parts:
+                    assert height[part] < height[path.stem], f"{path.name} imports {part}"
+
+
+def test_files_and_functions_stay_readable():
+    for path in PACKAGE.glob("*.py"):
+        source = path.read_text()
+        assert len(source.splitlines()) <= 430, path.name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+COMMON = {"--debug", "--help", "--json", "-h"}
+MODEL = {"--model", "--dtype", "--device"}
+TEXTS = {"--file", "--lines"}
+ORDER = {"--group-size", "--order", "--seed"}
+SAMPLING = {"--sample", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed"}
+OPTIONS = {
+    "convert": COMMON | {"--recipe", "--dtype", "--device", "--overwrite"},
+    "generate": COMMON | MODEL | TEXTS | SAMPLING | {"--max-new-tokens", "--group-size"},
+    "infill": COMMON | MODEL | TEXTS | SAMPLING | ORDER | {"--blank", "--length", "--special-tokens"},
+    "score": COMMON | MODEL | TEXTS | ORDER,
+    "show": COMMON | ORDER | {"--given", "--recipe"},
+}
+
+
+def test_no_new_command_line_options():
+    """An option is added here, in its help text and in a test, or not at all."""
+    subparsers = next(action for action in build_parser()._actions if action.dest == "command")
+    found = {
+        name: {option for action in parser._actions for option in action.option_strings}
+        for name, parser in subparsers.choices.items()
+    }
+    assert found == OPTIONS
