@@ -105,8 +105,9 @@ def dequantised(path: Path) -> Path:
     target = cache_directory() / f"{path.stem}-{key}"
     if (target / "config.json").is_file():
         return target
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"reading {path.name} needs the gguf package: pip install gguf")
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(f"reading {path.name} needs: pip install {' '.join(missing)}")
     logger.info("dequantising %s once, to %s", path.name, target)
     import torch
 
