@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,8 +66,9 @@ def test_the_wrapped_model_stays_usable_as_such(architecture):
 @torch.no_grad()
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_saved_and_loaded_is_the_same_model(architecture, recipe, tmp_path):
+def test_saved_and_loaded_is_the_same_model(architecture, recipe, tmp_path, monkeypatch):
     model = converted(architecture, recipe)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [2, 5])  # lives in generation_config.json alone
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     order = Factorization.stack(
@@ -79,6 +82,19 @@ def test_saved_and_loaded_is_the_same_model(architecture, recipe, tmp_path):
         assert not again.training
         assert torch.equal(again(IDS, order).logits, expected)
         assert again.causal_lm.generation_config.to_dict() == model.causal_lm.generation_config.to_dict()
+
+
+def test_push_to_hub_uploads_everything_that_loading_needs(monkeypatch, tmp_path):
+    model, uploaded = converted("llama"), {}
+    monkeypatch.setattr(type(model), "_upload_modified_files", lambda self, folder, *a, **k: uploaded.update(
+        {path.name: path.read_bytes() for path in Path(folder).iterdir()}))  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: SimpleNamespace(repo_id="me/model"))
+    model.push_to_hub("me/model")
+    assert set(uploaded) >= {"config.json", "generation_config.json", "model.safetensors"}
+    assert not [name for name in uploaded if name.endswith(".bin")]
+    for name, content in uploaded.items():
+        (tmp_path / name).write_bytes(content)
+    assert torch.equal(AnyOrderForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -195,14 +195,24 @@ class AnyOrderForCausalLM(PreTrainedModel):
         if problems:
             raise ValueError(f"{pretrained_model_name_or_path} does not fit its config; weights {'; '.join(problems)}")
         with contextlib.suppress(OSError):  # an optional file: the ids in the base config serve
-            model.causal_lm.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
+            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Write config.json, safetensors and the generation config; `from_pretrained` gives the same model back."""
-        super().save_pretrained(save_directory, **kwargs)
-        if self.causal_lm.generation_config is not None:
-            self.causal_lm.generation_config.save_pretrained(save_directory)
+    @classmethod
+    def can_generate(cls) -> bool:
+        """True: so transformers saves and uploads the generation config with the model."""
+        return True
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The wrapped model's own: one place for end and padding ids."""
+        causal_lm = self._modules.get("causal_lm")
+        return None if causal_lm is None else cast(PreTrainedModel, causal_lm).generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        if "causal_lm" in self._modules:  # before, transformers derives one that the wrapped model has already
+            self.causal_lm.generation_config = value
 
     def get_input_embeddings(self) -> nn.Module:
         return self.causal_lm.get_input_embeddings()
