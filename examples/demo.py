@@ -10,7 +10,7 @@ import time
 import torch
 
 from anyorder import Factorization, Infiller, load
-from anyorder.infilling import start_token
+from anyorder.pieces import Pieces
 from anyorder.support import left_to_right_difference
 
 SENTENCE = "The old lighthouse keeper climbed the stairs to light the lamp."
@@ -28,7 +28,8 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters())
     print(f"  {size / 1e6:.1f} million parameters, recipe {model.recipe}, nothing trained\n")
 
-    ids = torch.tensor([[start_token(tokenizer), *tokenizer.encode(SENTENCE, add_special_tokens=False)]])
+    pieces = Pieces(tokenizer)
+    ids = torch.tensor([[pieces.start_token(), *pieces.encode(SENTENCE, at_start=True)]])
     print("Is it still the model that it was?")
     print(f"  greatest left-to-right logit difference from the base: {left_to_right_difference(model, ids):.1e}\n")
 

@@ -13,7 +13,7 @@ import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, Infiller, load
 from anyorder.cli import build_parser, main
-from anyorder.infilling import start_token
+from anyorder.pieces import Pieces
 
 COMMANDS = ("convert", "generate", "infill", "score", "show")
 
@@ -75,7 +75,7 @@ def test_sampling_is_seeded_and_each_text_has_its_own_seed(capsys, checkpoint):
 def test_score(capsys, checkpoint):
     record = json.loads(run(capsys, "score", "a b é", "--model", checkpoint, "--json")[1])
     model, tokenizer = load(str(checkpoint))
-    ids = torch.tensor([[start_token(tokenizer), *tokenizer.encode("a b é")]])
+    ids = torch.tensor([[Pieces(tokenizer).start_token(), *tokenizer.encode("a b é")]])
     expected = float(model.log_likelihood(ids, Factorization.left_to_right(ids.shape[1])).sum())
     assert record["log_prob"] == pytest.approx(expected)
     assert record["tokens"] == ids.shape[1] - 1
@@ -110,6 +110,9 @@ def test_convert_writes_a_model_that_loads(capsys, checkpoint, tmp_path):
     assert code == 2
     assert "exists and is not empty" in errors
     assert run(capsys, "convert", checkpoint, tmp_path / "new", "--overwrite", "--recipe", "paper")[0] == 0
+    assert run(capsys, "convert", tmp_path / "new", tmp_path / "copy")[0] == 0
+    code, _, errors = run(capsys, "convert", checkpoint, tmp_path / "new" / "config.json", "--overwrite")
+    assert (code, "is a file; choose a directory" in errors) == (2, True)
     assert AnyOrderForCausalLM.from_pretrained(tmp_path / "new").recipe == "paper"
 
 
@@ -121,8 +124,16 @@ def test_texts_come_from_files_and_standard_input(capsys, checkpoint, tmp_path, 
     assert json.loads(run(capsys, "infill", *options)[1])["text"].startswith("ü ")
     pipe(monkeypatch, b"a ___")
     assert json.loads(run(capsys, "infill", "-", *options)[1])["text"].startswith("a ")
-    pipe(monkeypatch, b"a ___\nb ___\n")
-    assert len(run(capsys, "infill", "--lines", *options)[1].splitlines()) == 2
+    pipe(monkeypatch, "a ___\r\nb\u2028___\x0cc\n".encode())
+    first, second = map(json.loads, run(capsys, "infill", "--lines", *options)[1].strip().split("\n"))
+    assert first["text"].startswith("a ")
+    assert second["text"].startswith("b\u2028")
+    pipe(monkeypatch, b"a ___\n\nb ___\n")
+    assert "no blank in ''" in run(capsys, "infill", "--lines", *options)[2]
+    pipe(monkeypatch, b"a ___\n\nb ___\n")
+    assert "(text 2 of 3)" in run(capsys, "infill", "--lines", *options)[2]
+    pipe(monkeypatch, b"\xff")
+    assert "standard input is not UTF-8 text" in run(capsys, "infill", *options)[2]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +145,8 @@ def test_texts_come_from_files_and_standard_input(capsys, checkpoint, tmp_path, 
         (["infill", "--file", "nowhere.txt"], "nowhere.txt"),
         (["infill", "a ___", "--lines"], "--lines is for --file"),
         (["show", ""], "the text is empty"),
+        (["score", "\udcff"], "an argument is not UTF-8 text"),
+        (["score", "a", "--device", "nonsense"], "nonsense"),
         (["show", "a b", "--given", "3"], "given must be between 1 and the length 2, got 3"),
     ],
 )
@@ -163,9 +176,10 @@ def test_errors_behind_loading_are_one_line_too(capsys, checkpoint, tmp_path):
         assert "Traceback" not in errors
 
 
-def test_debug_shows_the_traceback(checkpoint):
-    with pytest.raises(ValueError, match="no blank"):
-        main(["infill", "no blank", "--debug"])
+def test_debug_shows_the_traceback(capsys):
+    code, _, errors = run(capsys, "infill", "no blank", "--debug")
+    assert code == 2
+    assert "Traceback" in errors
 
 
 @pytest.mark.parametrize(

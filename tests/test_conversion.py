@@ -13,7 +13,8 @@ import transformers as tr
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from anyorder import AnyOrderForCausalLM, Factorization, load
+from anyorder import AnyOrderConfig, AnyOrderForCausalLM, Factorization, load
+from anyorder.support import check_config, context_length
 from architectures import ARCHITECTURES, CONFIGS, RECIPES, REFUSED, VOCABULARY, WINDOWED, base_model, converted
 
 IDS = torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(0))
@@ -151,8 +152,79 @@ def test_a_model_whose_rows_do_not_give_its_logits_is_refused():
 def test_a_window_that_the_attention_is_not_told_of_is_refused():
     base = base_model("llama")
     base.config.sliding_window = 5
-    with pytest.raises(ValueError, match="3 of its layers have a sliding window, but only 0 say so"):
+    before = base.config._attn_implementation
+    with pytest.raises(ValueError, match="3 of its layers have a sliding window, but only 0 tell"):
         AnyOrderForCausalLM.from_causal_lm(base)
+    assert base.config._attn_implementation == before  # a refused model stays as it was
+
+
+def test_a_layer_that_calls_attention_twice_is_refused():
+    """The cache would keep the second call's keys and values alone."""
+    config = tr.DiffLlamaConfig(**CONFIGS["llama"](vocab_size=VOCABULARY).to_diff_dict() | {"model_type": "diffllama"})
+    with pytest.raises(ValueError, match="its 3 layers call attention 6 times"):
+        AnyOrderForCausalLM.from_causal_lm(AutoModelForCausalLM.from_config(config))
+
+
+def test_code_that_fails_on_rows_is_refused_with_its_own_words():
+    config = tr.OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4,
+                          max_position_embeddings=64, word_embed_proj_dim=32)  # fmt: skip
+    with pytest.raises(ValueError, match="opt cannot be converted: .*fails on rows"):
+        AnyOrderForCausalLM.from_causal_lm(AutoModelForCausalLM.from_config(config))
+
+
+def test_attention_sinks_are_refused_and_the_model_stays_usable():
+    config = tr.GptOssConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2,
+                             num_experts_per_tok=1, pad_token_id=0)  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="s_aux"):
+        AnyOrderForCausalLM.from_causal_lm(base)
+    assert base(input_ids=IDS).logits.isfinite().all()
+
+
+def test_attention_cannot_be_replaced_behind_the_wrappers_back():
+    model = AnyOrderForCausalLM.from_causal_lm(base_model("llama"))
+    expected = model(IDS).logits
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(IDS).logits, expected)
+    with pytest.raises(ValueError, match="got 'eager'"):
+        model.set_attn_implementation("eager")
+    model.causal_lm.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attention was replaced after conversion"):
+        model(IDS)
+
+
+def test_hooks_on_the_wrapped_model_do_not_reach_the_head():
+    """accelerate puts its hooks on instances, where they are bound to the whole model."""
+    model = AnyOrderForCausalLM.from_causal_lm(base_model("gemma2"))
+    expected = model(IDS).logits
+    model.causal_lm.forward = model.causal_lm.forward
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_different_kernels_in_16_bits_are_not_a_different_model():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from anyorder.support import check_conversion, probe
+
+    base = base_model("llama").to(torch.bfloat16)
+    with sdpa_kernel(SDPBackend.MATH):
+        probed = probe(base)
+    check_conversion(AnyOrderForCausalLM.from_causal_lm(base), probed)
+
+
+def test_multimodal_models_are_refused():
+    with pytest.raises(ValueError, match="gemma3 cannot be converted: it is multimodal"):
+        check_config(tr.Gemma3Config())
+
+
+def test_nested_ropes_are_checked_too():
+    config = CONFIGS["gemma3"](vocab_size=VOCABULARY)
+    config.rope_parameters["sliding_attention"]["rope_type"] = "dynamic"
+    with pytest.raises(ValueError, match="dynamic RoPE"):
+        check_config(config)
+    config.rope_parameters["sliding_attention"] |= {"rope_type": "longrope", "original_max_position_embeddings": 16}
+    assert context_length(config) == 16
 
 
 def test_the_query_embedding_starts_as_the_mean_embedding():
@@ -234,10 +306,27 @@ def test_unknown_recipes_and_attention_implementations_are_errors():
         AnyOrderForCausalLM.from_causal_lm(base_model("llama"), recipe="magic")
     with pytest.raises(ValueError, match="attn_implementation must be one of sdpa, flex_attention, got 'eager'"):
         AnyOrderForCausalLM.from_causal_lm(base_model("llama"), attn_implementation="eager")
-    with pytest.raises(ValueError, match="dtype: only for a model that is loaded by name"):
+    with pytest.raises(ValueError, match="options dtype are for loading"):
         AnyOrderForCausalLM.from_causal_lm(base_model("llama"), dtype=torch.float32)
     with pytest.raises(ValueError, match="converted already"):
         AnyOrderForCausalLM.from_causal_lm(converted("llama"))
+
+
+def test_configs_and_checkpoints_that_cannot_be_meant(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="base_config has no model_type"):
+        AnyOrderConfig(base_config={"hidden_size": 3})
+    with pytest.raises(ValueError, match="no base_config: make models with"):
+        AnyOrderForCausalLM(AnyOrderConfig())
+    converted("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="was converted with recipe='exact'"):
+        AnyOrderForCausalLM.from_pretrained(tmp_path, recipe="paper")
+    with pytest.raises(ValueError, match="converted already: use from_pretrained"):
+        AnyOrderForCausalLM.from_causal_lm(str(tmp_path))
+    with pytest.raises(ValueError, match="a model is a name or a path, got None"):
+        AnyOrderForCausalLM.from_causal_lm(None)
+    assert AnyOrderForCausalLM.from_causal_lm(checkpoint).recipe == "exact"  # a Path will do
+    again = AnyOrderForCausalLM.from_pretrained(tmp_path, config=str(tmp_path))
+    assert torch.equal(again(IDS).logits, converted("llama")(IDS).logits)
 
 
 def test_the_config_answers_for_its_base(tmp_path):
@@ -257,7 +346,7 @@ def test_longrope_context_ends_where_its_frequencies_change():
             "original_max_position_embeddings": 8}  # fmt: skip
     config = CONFIGS["phi3"](vocab_size=VOCABULARY, rope_parameters=rope, original_max_position_embeddings=8)
     model = AnyOrderForCausalLM.from_causal_lm(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match="14 tokens, the model's context is 8"):
+    with pytest.raises(ValueError, match="14 tokens, .* the model's context is 8"):
         model(IDS)
 
 
@@ -268,7 +357,7 @@ def test_inputs_that_do_not_fit_are_named():
         model.log_likelihood(torch.zeros(1, 3, dtype=torch.int64), order)
     with pytest.raises(ValueError, match=r"row 0, position 2: token id 37 is outside the vocabulary 0\.\.36"):
         model.log_likelihood(torch.tensor([[0, 1, 37, 2]]), order)
-    with pytest.raises(ValueError, match="65 tokens, the model's context is 64"):
+    with pytest.raises(ValueError, match="65 tokens, .* the model's context is 64"):
         model(torch.zeros(1, 65, dtype=torch.int64))
 
 
@@ -287,3 +376,29 @@ def test_loss_is_the_cross_entropy_of_predicted_labels():
     assert model.query_embedding.grad is not None
     assert model.query_embedding.grad.abs().sum() > 0
     model.zero_grad()
+    assert model(IDS, order, labels=torch.full_like(IDS, -100)).loss == 0
+    with pytest.raises(ValueError, match=r"labels have shape \(1, 2\)"):
+        model(IDS, order, labels=IDS[:1, :2])
+
+
+def test_the_query_embedding_always_has_a_gradient():
+    """Data-parallel training waits for it, even from left to right, where no row starts from w."""
+    model = AnyOrderForCausalLM.from_causal_lm(base_model("llama"))
+    model(IDS, labels=IDS).loss.backward()
+    assert not model.query_embedding.grad.any()
+
+
+def test_what_a_tokenizer_returns_goes_in_as_it_is():
+    model = converted("llama")
+    mask = torch.ones_like(IDS)
+    mask[1, 9:] = 0
+    logits = model(input_ids=IDS, attention_mask=mask).logits
+    torch.testing.assert_close(logits[1, :9], model(IDS[1:, :9]).logits[0], atol=1e-5, rtol=0)
+    assert not logits[1, 9:].any()
+    with pytest.raises(ValueError, match="padding on the right"):
+        model(IDS, attention_mask=mask.flip(1))
+    with pytest.raises(ValueError, match="attention_mask is for the default order"):
+        model(IDS[:1, :4], Factorization.left_to_right(4), attention_mask=mask)
+    for wrong in (IDS.float(), IDS[0], IDS.tolist()):
+        with pytest.raises(ValueError, match="input_ids must be"):
+            model(wrong)

@@ -148,7 +148,7 @@ def test_groupwise_size_cuts_the_order_anew():
     torch.testing.assert_close(
         output.log_probs, model.log_likelihood(output.sequences, order.regroup(4)), atol=1e-5, rtol=0
     )
-    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="size must be a whole number, at least 1, got 0"):
         policies.groupwise(0)
 
 
@@ -172,11 +172,16 @@ def test_a_policy_may_commit_fewer_than_it_asks_for():
     torch.testing.assert_close(output.log_probs, model.log_likelihood(output.sequences, steps), atol=1e-5, rtol=0)
 
 
+def exactly(tokens: list[int]) -> AllowedTokens:
+    """Each position may take one token: a draw whose outcome is known."""
+    return AllowedTokens(torch.eye(VOCABULARY, dtype=torch.bool), torch.tensor([tokens]))
+
+
 def test_an_end_drops_what_lies_behind_it_and_the_rest_is_filled():
     model = converted("llama")
     order = Factorization.from_groups([[0], [6], [3], [5], [1], [2], [4], [7]])
-    forced = torch.tensor([[-100, 8, 9, 2, 10, 11, 12, 13]])
-    output = run(model, IDS[:1, :8], order, forced_ids=forced, eos_token_id=2, pad_token_id=0)
+    tokens = exactly([0, 8, 9, 2, 10, 11, 12, 13])
+    output = run(model, IDS[:1, :8], order, allowed_tokens=tokens, eos_token_id=2, pad_token_id=0)
     assert output.sequences.tolist() == [[int(IDS[0, 0]), 8, 9, 2, 0, 0, 0, 0]]
     assert output.steps.tolist() == [[-1, 2, 3, 1, -2, -2, -2, -2]]
     assert output.forwards == 4  # position 6, the end at 3, then 1 and 2; never 5, 4, 7
@@ -186,17 +191,43 @@ def test_an_end_drops_what_lies_behind_it_and_the_rest_is_filled():
 def test_the_earliest_of_several_ends_counts():
     model = converted("llama")
     order = Factorization.from_groups([[0], [5], [1, 3], [2], [4]])
-    forced = torch.tensor([[-100, 8, 9, 2, 10, 2]])
-    output = run(model, IDS[:1, :6], order, forced_ids=forced, eos_token_id=[2, 7], pad_token_id=0)
+    tokens = exactly([0, 8, 9, 2, 10, 2])
+    output = run(model, IDS[:1, :6], order, allowed_tokens=tokens, eos_token_id=[2, 7], pad_token_id=0)
     assert output.sequences[0, 1:].tolist() == [8, 9, 2, 0, 0]
 
 
 def test_an_end_in_front_of_given_text_is_a_token_like_any_other():
     model = converted("llama")
     order = Factorization.from_groups([[0, 3], [1], [2]])
-    output = run(model, IDS[:1, :4], order, forced_ids=torch.tensor([[-100, 2, 5, -100]]), eos_token_id=2)
+    output = run(model, IDS[:1, :4], order, allowed_tokens=exactly([0, 2, 5, 0]), eos_token_id=2)
     assert output.sequences[0, 1:3].tolist() == [2, 5]
     assert output.sequences[0, 3] == IDS[0, 3]
+
+
+def test_a_forced_token_is_never_an_end():
+    model, order = converted("llama"), Factorization.left_to_right(5)
+    forced = torch.tensor([[3, 4, 2, 6, 7]])
+    output = run(model, forced, order, forced_ids=forced, eos_token_id=2)
+    assert torch.equal(output.sequences, forced)
+    torch.testing.assert_close(output.log_probs, model.log_likelihood(forced, order), atol=1e-5, rtol=0)
+
+
+def test_rows_with_absent_positions_that_commit_different_numbers():
+    model = converted("llama")
+    order = Factorization(torch.tensor([[-1, 0, -2, 1, -2], [-1, -1, 0, -2, -2], [-2, -1, 0, 0, 0]]))
+    output = run(model, IDS[:, :5], order)
+    torch.testing.assert_close(output.log_probs, model.log_likelihood(output.sequences, order), atol=1e-5, rtol=0)
+
+
+def test_greedy_decoding_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    converted("llama").generate(IDS[:1, :4], max_new_tokens=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_mistakes_in_a_stream_are_told_at_once():
+    with pytest.raises(ValueError, match="did you mean 'temperature'"):
+        converted("llama").stream(IDS[:1], temprature=1.0)
 
 
 def test_generation_stops_when_every_row_has_ended():
@@ -269,7 +300,7 @@ def test_decoding_leaves_no_inference_tensors_behind():
     [
         ({"tempreature": 1.0}, "unknown option 'tempreature'; did you mean 'temperature'"),
         ({"num_beams": 4}, "unknown option 'num_beams'; known options: do_sample"),
-        ({"temperature": 0.0}, "temperature is 0: for the most likely token use do_sample=False"),
+        ({"temperature": 0.0}, "temperature is 0.0: for the most likely token leave it out"),
         ({"temperature": -1.0}, "-1.0"),
         ({"temperature": 1.0, "do_sample": False}, r"temperature=1\.0 has no effect with do_sample=False"),
         ({"top_k": 0}, "0"),
@@ -277,12 +308,24 @@ def test_decoding_leaves_no_inference_tensors_behind():
         ({"min_p": 2.0}, r"2\.0"),
         ({"repetition_penalty": -1.0}, "-1.0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"max_new_tokens": 100}, "112 tokens, the model's context is 64"),
+        ({"max_new_tokens": 100}, "112 tokens, blanks and new ones included; the model's context is 64"),
+        ({"max_new_tokens": 1.5}, r"max_new_tokens must be at least 1, got 1\.5"),
+        ({"generator": 5}, "generator must be a torch.Generator"),
+        ({"generator": [1]}, "generator must be a torch.Generator"),
+        ({"factorization": [[0]], "do_sample": True}, "factorization must be a Factorization, got list"),
+        ({"temperature": 1e-39}, "temperature is 1e-39"),
+        ({"forced_ids": torch.full((1, T + 20), 99)}, "forced_ids holds 99"),
+        ({"forced_ids": torch.full((1, T + 20), -1)}, "forced_ids holds -1"),
+        ({"forced_ids": [1]}, "forced_ids must be a tensor, got list"),
+        (
+            {"allowed_tokens": AllowedTokens(torch.ones(1, 5).bool(), torch.zeros(1, T + 20, dtype=torch.int64))},
+            "masks over 5 tokens, not 37",
+        ),
         ({"policy": "groupwise"}, r"policy must come from anyorder\.policies, got 'groupwise'"),
         ({"generator": [generator(), generator()]}, "2 generators for 1 rows"),
         ({"attention_mask": torch.zeros(1, T)}, "prompt 0 is empty"),
         ({"attention_mask": torch.zeros(1, 2)}, "attention_mask has shape"),
-        ({"forced_ids": torch.zeros(1, 2)}, "forced_ids has shape"),
+        ({"forced_ids": torch.zeros(1, 2, dtype=torch.int64)}, "forced_ids has shape"),
         ({"factorization": Factorization.left_to_right(T), "max_new_tokens": 3}, "max_new_tokens is for prompts"),
         ({"factorization": Factorization.left_to_right(T - 1)}, "the factorization"),
         ({"factorization": Factorization.pack([Factorization.left_to_right(6)] * 2)}, "one document a row"),
@@ -298,6 +341,8 @@ def test_prompts_must_be_integers_in_rows():
         converted("llama").generate(IDS[0])
     with pytest.raises(ValueError, match="integers of shape"):
         converted("llama").generate(IDS.float())
+    with pytest.raises(ValueError, match="must be a tensor, got list"):
+        converted("llama").generate([[1, 2]])
 
 
 @pytest.mark.parametrize("name", of_every_constructor(T))

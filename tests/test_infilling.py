@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from anyorder import Infiller, policies
+from anyorder.pieces import Pieces
 from anyorder.template import Template
 from architectures import converted
 
@@ -95,6 +96,12 @@ def test_a_batch_is_each_text_alone(infiller):
     drawn = infiller(texts, length=2, generator=generators)
     for b, text in enumerate(texts):
         assert infiller(text, length=2, generator=[torch.Generator().manual_seed(b)]).text == drawn[b].text
+    for one in (True, False):
+        options = {"length": 2, "order": "random", "do_sample": one}
+        drawn = infiller(texts, generator=torch.Generator().manual_seed(5), **options)
+        first = infiller(texts[0], generator=torch.Generator().manual_seed(5), **options)
+        assert first.text == drawn[0].text
+        assert first.log_prob == pytest.approx(drawn[0].log_prob, abs=1e-4)
 
 
 def test_lengths_by_blank(infiller):
@@ -104,6 +111,8 @@ def test_lengths_by_blank(infiller):
 
 
 def test_the_space_in_front_of_a_blank_is_brought_by_its_first_token(infiller, byte_tokenizer):
+    assert infiller._encode(Template.parse("a ___ ___ b"), [1, 1]).eats_space == [True, True]
+    assert infiller._encode(Template.parse("a  ___\n ___"), [1, 1]).eats_space == [False, False]
     spaced = {i for token, i in byte_tokenizer.get_vocab().items() if token.startswith("Ġ")}
     encoded = infiller._encode(Template.parse("ab ___ c"), [2])
     assert encoded.eats_space == [True]
@@ -148,9 +157,13 @@ def test_no_special_token_in_a_blank_unless_asked(infiller, byte_tokenizer):
         ("a ___", {"length": 0}, "length must be .* got 0"),
         ("a ___", {"length": "auto"}, "length must be .* got 'auto'"),
         ("a ___", {"length": [1, 2]}, "2 lengths for 1 blanks"),
+        ("a ___ b ___", {"length": (1, 2)}, r"a list with one for each blank, got \(1, 2\)"),
+        ("a ___", {"length": True}, "length must be .* got True"),
+        ("a ___", {"length": None}, "length must be .* got None"),
+        (None, {}, "text must be a string or a list of strings, got NoneType"),
         ("a ___", {"lenght": 2}, "unknown option 'lenght'; did you mean 'length'"),
         ("a ___", {"order": "up"}, "order must be one of left_to_right, random, got 'up'"),
-        ("a ___ b" * 20, {}, "text 0 has .* tokens with its blanks, the model's context is 64"),
+        ("a ___ b" * 20, {}, "text 0 has .* tokens with its blanks; the model's context is 64"),
         ([], {}, "no text to fill"),
     ],
 )
@@ -165,3 +178,43 @@ def test_a_tokenizer_without_a_start_token_says_so(byte_tokenizer):
     with pytest.raises(ValueError, match="no start or end token: pass start_token_id"):
         Infiller(model, bare)
     assert Infiller(model, bare, start_token_id=1)("a ___", length=1).text.startswith("a ")
+
+
+def test_a_tokenizer_of_another_model_is_an_error(byte_tokenizer):
+    with pytest.raises(ValueError, match="ids up to 262, the model's vocabulary has 37"):
+        Infiller(converted("llama"), byte_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """SentencePiece style: a space is put in front of whatever is encoded, and dropped from whatever is decoded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "▁", *"abcdefgh.\n", "▁a", "▁b", "▁c", "ab"])}
+    merges = [("▁", "a"), ("▁", "b"), ("▁", "c"), ("a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def test_pieces_behind_a_blank_get_no_space_of_their_own(metaspace_tokenizer):
+    pieces = Pieces(metaspace_tokenizer)
+    tokens = metaspace_tokenizer.convert_ids_to_tokens
+    assert tokens(metaspace_tokenizer.encode("cab")) == ["▁c", "ab"]
+    assert tokens(pieces.encode("cab", at_start=True)) == ["▁c", "ab"]
+    assert tokens(pieces.encode("cab")) == ["c", "ab"]
+    assert tokens(pieces.encode(" cab")) == ["▁c", "ab"]
+    assert tokens(pieces.encode(". a")) == [".", "▁a"]
+    ids = metaspace_tokenizer.convert_tokens_to_ids(["▁a", "b"])
+    assert pieces.decode(ids) == " ab"
+    assert pieces.decode(ids, at_start=True) == "ab"
+
+
+@pytest.mark.parametrize("text", ["___", "a ___ b", "a___b. ___ c", "___ a ___ ___\n___"])
+def test_the_ids_are_those_of_the_text_that_comes_back(metaspace_tokenizer, text):
+    model = converted("llama", vocabulary=len(metaspace_tokenizer))
+    infiller = Infiller(model, metaspace_tokenizer)
+    for seed in range(5):
+        result = infiller(text, length=2, generator=torch.Generator().manual_seed(seed))
+        assert fixed_pieces(result.text, result.spans) == text

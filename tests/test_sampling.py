@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from anyorder.sampling import AllowedTokens, Sampler, uniforms
+from anyorder.randomness import uniforms
+from anyorder.sampling import AllowedTokens, Sampler
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]])
 ROW = COLUMN = torch.zeros(1, dtype=torch.int64)
@@ -20,7 +21,8 @@ def test_no_settings_change_nothing():
 
 
 def test_settings_mean_what_they_mean_in_transformers():
-    torch.testing.assert_close(process(Sampler(True, temperature=2.0)), LOGITS[0] / 2)
+    for two in (2.0, 2):
+        torch.testing.assert_close(process(Sampler(True, temperature=two)), LOGITS[0] / 2)
     assert process(Sampler(True, top_k=2)).isfinite().tolist() == [True, True, False, False, False]
     assert process(Sampler(True, top_p=0.5)).isfinite().tolist() == [True, False, False, False, False]
     assert process(Sampler(True, min_p=0.3)).isfinite().tolist() == [True, True, False, False, False]
@@ -57,6 +59,10 @@ def test_allowed_tokens_restrict_positions():
     assert torch.equal(out[0], LOGITS[0])
     assert out[1].isfinite().tolist() == [False, False, True, True, False]
     assert sampler.draw(out, torch.zeros(2)).tolist() == [0, 2]
+    with pytest.raises(ValueError, match="masks must be bool of shape"):
+        AllowedTokens(torch.ones(2, 2), torch.tensor([[0]]))
+    with pytest.raises(ValueError, match=r"numbers of masks, 0\.\.1"):
+        AllowedTokens(torch.ones(2, 2).bool(), torch.tensor([[2]]))
     with pytest.raises(ValueError, match="mask 1 of the allowed tokens allows none"):
         AllowedTokens(torch.tensor([[True], [False]]), torch.tensor([[0]]))
 

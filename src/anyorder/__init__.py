@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anyorder import policies
+    from anyorder.configuration import AnyOrderConfig
     from anyorder.factorization import Factorization
     from anyorder.infilling import Infiller
-    from anyorder.modeling import AnyOrderConfig, AnyOrderForCausalLM
+    from anyorder.modeling import AnyOrderForCausalLM
     from anyorder.sources import load
 
 __version__ = "0.1.0"
+DEFAULT_MODEL = "smollm2-135m"
 
 _HOMES = {
-    "AnyOrderConfig": "modeling",
+    "AnyOrderConfig": "configuration",
     "AnyOrderForCausalLM": "modeling",
     "Factorization": "factorization",
     "Infiller": "infilling",

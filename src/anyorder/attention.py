@@ -65,7 +65,7 @@ class Reads:
         self.implementation = implementation
         self.content_count = rows.content_count
         self.key_count = int(rows.hi.max())
-        self.windows: dict[int, int | None] = {}  # what each layer said of its sliding window
+        self.calls: list[tuple[int, int | None]] = []  # (layer, sliding window), in the order they came
         self._rows, self._key_positions, self._device, self._store = rows, key_positions, device, store
         self._slots = rows.slots.to(device) if store is not None else rows.slots
         self._start = _common_start(rows.slots, store.capacity) if store is not None else None
@@ -158,7 +158,7 @@ def anyorder_attention(
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return out, None
     layer = _layer_index(module)
-    anyorder_reads.windows[layer] = sliding_window
+    anyorder_reads.calls.append((layer, sliding_window))
     key, value = anyorder_reads.keys_values(layer, key, value)
     run = _flex if anyorder_reads.implementation == "flex_attention" else _blocks
     out = run(anyorder_reads, query, key, value, scaling, dropout, sliding_window, softcap)
@@ -177,7 +177,7 @@ def _blocks(
 ) -> Tensor:
     B, H, R, D = query.shape
     G = key.shape[1]
-    grouped = query.view(B, G, H // G, R, D) if query.is_contiguous() else query.reshape(B, G, H // G, R, D)
+    grouped = query.reshape(B, G, H // G, R, D)
     outputs = []
     for rows, keys, mask in reads.plan(window, H // G, query.dtype if softcap is None else torch.bool):
         q = grouped[:, :, :, rows].reshape(B, G, -1, D)
@@ -196,10 +196,12 @@ def _explicit(
     """Attention with capped scores (Gemma 2), which SDPA does not offer."""
     scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
+    if mask is not None and mask.dtype != torch.bool:  # additive: someone else's, in the plain base model
+        scores = scores + mask
+    elif mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         weights = weights * mask  # a row that reads nothing gets zeros, as in SDPA
     return nn.functional.dropout(weights, dropout) @ v
 

@@ -15,16 +15,14 @@ class KeyValueStore:
     """Keys and values of content rows, by layer, row of the batch and rank.
 
     Args:
-        batch_size: rows of the batch.
-        capacity: ranks that can be stored. One more slot, number `capacity`, takes what padding rows write;
-            no interval reaches it.
+        capacity: ranks that can be stored: the columns of the batch. One more slot, number `capacity`, is the spare
+            one of `layout`: it takes what padding rows write, and no interval reaches it.
 
     Buffers are allocated when a layer first writes, in that layer's own shape and dtype: 2 x batch x heads x
     (capacity + 1) x head_dim elements a layer.
     """
 
-    def __init__(self, batch_size: int, capacity: int):
-        self.batch_size = batch_size
+    def __init__(self, capacity: int):
         self.capacity = capacity
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 

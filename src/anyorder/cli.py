@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from anyorder import DEFAULT_MODEL, __version__
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
 
     from anyorder.modeling import AnyOrderForCausalLM
 
-DEFAULT_MODEL = "smollm2-135m"
 CHECKED_TEXT = "A language model predicts the next word. This one predicts any word, and still knows what it knew."
 
 
@@ -51,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if options.debug:
-            raise
+            traceback.print_exc()
+            return 2
         text = " ".join(str(error).split())
         name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         print(f"anyorder {options.command}: error: {name}{text or type(error).__name__}", file=sys.stderr)
@@ -61,8 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    from anyorder import __version__
-
     parser = _Parser(
         prog="anyorder",
         description="Any-order language models out of pretrained left-to-right ones.",
@@ -88,7 +90,7 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("source", help="built-in name, directory, GGUF file or hub id of a left-to-right model")
     parser.add_argument("output", type=Path, help="directory to write")
-    parser.add_argument("--recipe", choices=("exact", "paper"), default="exact", help="default: exact")
+    parser.add_argument("--recipe", choices=("exact", "paper"), help="default: exact, or what it has")
     _add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
 
@@ -99,7 +101,9 @@ def _convert(options: argparse.Namespace) -> None:
     from anyorder.support import left_to_right_difference
 
     output: Path = options.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not options.overwrite:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; choose a directory")
+    if output.exists() and any(output.iterdir()) and not options.overwrite:
         raise ValueError(f"{output} exists and is not empty; choose another directory, or add --overwrite")
     options.model = options.source
     model, tokenizer = _load(options)
@@ -126,7 +130,7 @@ def _convert(options: argparse.Namespace) -> None:
 def _add_generate(commands: Any) -> None:
     example = 'anyorder generate "Once upon a time" --max-new-tokens 40 --temperature 0.8 --seed 1'
     parser = _command(commands, "generate", _generate, "continue a text", example)
-    _add_texts(parser, "text to continue")
+    _add_texts(parser, "text to continue (an empty one starts from the start token)")
     _add_model(parser)
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
     parser.add_argument("--group-size", type=_positive, default=1, metavar="N", help="tokens a forward; default: 1")
@@ -137,12 +141,13 @@ def _generate(options: argparse.Namespace) -> None:
     import torch
 
     from anyorder import policies
-    from anyorder.infilling import start_token
+    from anyorder.pieces import Pieces
 
     texts = _texts(options)
     model, tokenizer = _load(options)
+    pieces = Pieces(tokenizer)
     for number, text in enumerate(_progress(texts)):
-        ids = tokenizer.encode(text) or [start_token(tokenizer)]
+        ids = tokenizer.encode(text) or [pieces.start_token()]
         output = model.generate(
             torch.tensor([ids]),
             max_new_tokens=options.max_new_tokens,
@@ -151,12 +156,12 @@ def _generate(options: argparse.Namespace) -> None:
             **_sampling(options, number),
         )
         assert not isinstance(output, torch.Tensor)
-        new = output.sequences[0, len(ids) :]
-        continuation = tokenizer.decode(new.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        new = [token for token in output.sequences[0, len(ids) :].tolist() if token not in tokenizer.all_special_ids]
+        continuation = pieces.decode(new, at_start=not text)
         if options.json:
             log_prob = float(output.log_probs.sum())
             _print_json({"text": text + continuation, "continuation": continuation, "log_prob": log_prob,
-                         "tokens": len(new), "forwards": output.forwards})  # fmt: skip
+                         "tokens": output.sequences.shape[1] - len(ids), "forwards": output.forwards})  # fmt: skip
         else:
             print(text + continuation)
 
@@ -183,8 +188,11 @@ def _infill(options: argparse.Namespace) -> None:
     from anyorder.template import Template
 
     texts = _texts(options)
-    for text in texts:
-        Template.parse(text, options.blank)  # a mistake is told before the model is loaded
+    for number, text in enumerate(texts, 1):  # a mistake is told before the model is loaded
+        try:
+            Template.parse(text, options.blank)
+        except ValueError as error:
+            raise ValueError(f"{error} (text {number} of {len(texts)})" if len(texts) > 1 else error) from error
     from anyorder.infilling import Infiller
 
     model, tokenizer = _load(options)
@@ -218,13 +226,13 @@ def _score(options: argparse.Namespace) -> None:
     import torch
 
     from anyorder.factorization import Factorization
-    from anyorder.infilling import start_token
+    from anyorder.pieces import Pieces
 
     texts = _texts(options)
     model, tokenizer = _load(options)
-    start = start_token(tokenizer)
+    pieces = Pieces(tokenizer)
     for text in _progress(texts):
-        ids = torch.tensor([[start, *tokenizer.encode(text, add_special_tokens=False)]])
+        ids = torch.tensor([[pieces.start_token(), *pieces.encode(text, at_start=True)]])
         if ids.shape[1] == 1:
             raise ValueError("the text is empty: nothing to score")
         generator = torch.Generator().manual_seed(options.seed)
@@ -232,7 +240,7 @@ def _score(options: argparse.Namespace) -> None:
         log_prob = float(model.log_likelihood(ids, order).sum())
         tokens, size = ids.shape[1] - 1, len(text.encode())
         report = {"log_prob": log_prob, "tokens": tokens, "nats_per_token": -log_prob / tokens,
-                  "bits_per_byte": -log_prob / size / 0.6931471805599453, "order": options.order,
+                  "bits_per_byte": -log_prob / size / math.log(2), "order": options.order,
                   "group_size": options.group_size}  # fmt: skip
         if options.json:
             _print_json({"text": text, **report})
@@ -295,7 +303,7 @@ def _command(commands: Any, name: str, run: Any, help_text: str, example: str) -
 
 
 def _add_texts(parser: argparse.ArgumentParser, help_text: str) -> None:
-    parser.add_argument("text", nargs="*", help=f"{help_text}; without it, or for -, standard input")
+    parser.add_argument("text", nargs="*", help=f"{help_text}; without it, or for a lone -, standard input")
     parser.add_argument("--file", type=Path, metavar="PATH", help="read one text from a file")
     parser.add_argument("--lines", action="store_true", help="with a file or standard input: one text a line")
 
@@ -357,21 +365,24 @@ def _texts(options: argparse.Namespace) -> list[str]:
     if options.file is not None:
         if options.text:
             raise ValueError("give texts as arguments or with --file, not both")
-        read = _read(options.file)
+        read = _decoded(options.file.read_bytes(), str(options.file))
     elif options.text and options.text != ["-"]:
         if options.lines:
             raise ValueError("--lines is for --file and standard input; texts in the arguments are one each")
-        return list(options.text)
+        return [_decoded(os.fsencode(text), "an argument") for text in options.text]
     else:
-        read = sys.stdin.buffer.read().decode("utf-8")
-    return read.splitlines() if options.lines else [read.removesuffix("\n")]
+        read = _decoded(sys.stdin.buffer.read(), "standard input")
+    read = read.removesuffix("\n")
+    # Line feeds alone end a line: str.splitlines would cut at form feeds and Unicode separators too.
+    return [line.removesuffix("\r") for line in read.split("\n")] if options.lines else [read]
 
 
-def _read(path: Path) -> str:
+def _decoded(data: bytes, source: str) -> str:
+    """As bytes until here, so that line ends come through unchanged."""
     try:
-        return path.read_bytes().decode("utf-8")  # as bytes: line ends come through unchanged
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _load(options: argparse.Namespace) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
@@ -380,8 +391,9 @@ def _load(options: argparse.Namespace) -> tuple[AnyOrderForCausalLM, PreTrainedT
     from anyorder.sources import load
 
     dtype: torch.dtype = getattr(torch, options.dtype)
+    device = torch.device(options.device)
     model, tokenizer = load(options.model, recipe=getattr(options, "recipe", None), dtype=dtype)
-    return model.to(options.device), tokenizer
+    return model.to(device), tokenizer
 
 
 def _progress(texts: list[str]) -> Iterator[str]:

@@ -12,8 +12,6 @@ Shapes: B batch, T columns, N evaluated positions, V vocabulary.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,8 +22,11 @@ from torch import Tensor
 from anyorder.cache import KeyValueStore
 from anyorder.factorization import ABSENT, GIVEN, Factorization
 from anyorder.layout import Arrangement, compact, join
+from anyorder.modeling import check_ids
+from anyorder.options import check_options
 from anyorder.policies import GroupWise, Policy
-from anyorder.sampling import AllowedTokens, Sampler, uniforms
+from anyorder.randomness import Generators, uniforms
+from anyorder.sampling import AllowedTokens, Sampler, token_log_probs
 
 if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
@@ -93,24 +94,40 @@ class _Run:
             raise ValueError("decoding takes one document a row: unstack the packed factorization first")
         self.model, self.policy, self.sampler, self.uniform = model, policy, sampler, uniform
         self.factorization = policy.prepare(factorization.to("cpu"))
+        self._check_tokens(forced_ids, sampler.allowed)
         self.forced = None if forced_ids is None else forced_ids.cpu()
         self.end_ids = torch.tensor(list(end_ids), dtype=torch.int64)
-        ids = model.check_input(input_ids.cpu(), self.factorization)
-        self.ids = ids.masked_fill(self.factorization.is_predicted, 0)
+        self.ids = input_ids.masked_fill(self.factorization.is_predicted, 0)
         self.is_open = self.factorization.is_predicted
         self.known = self.factorization.is_given
         self.steps = self.factorization.group_ids.clamp(max=-1).masked_fill(self.is_open, ABSENT)
         self.log_probs = torch.zeros(self.ids.shape)
-        self.every = torch.arange(ids.shape[1]).expand_as(ids)
+        self.every = torch.arange(self.ids.shape[1]).expand_as(self.ids)
         self.last_given = (self.every * self.known).amax(dim=1)
-        self.end = torch.full((ids.shape[0],), ids.shape[1])  # column of the earliest committed end
+        self.end = torch.full_like(self.last_given, self.ids.shape[1])  # column of the earliest committed end
         self.forwards = 0
+
+    def _check_tokens(self, forced_ids: Tensor | None, allowed: AllowedTokens | None) -> None:
+        vocabulary, shape = self.model.vocabulary_size, self.factorization.group_ids.shape
+        if forced_ids is not None:
+            check_ids("forced_ids", forced_ids)
+            bad = (forced_ids != FREE) & ((forced_ids < 0) | (forced_ids >= vocabulary))
+            if bool(bad.any()):
+                raise ValueError(f"forced_ids holds {int(forced_ids[bad][0])}: neither {FREE} nor a token id")
+        if allowed is not None and allowed.masks.shape[1] != vocabulary:
+            raise ValueError(f"allowed_tokens has masks over {allowed.masks.shape[1]} tokens, not {vocabulary}")
+        for name, tensor in (
+            ("forced_ids", forced_ids),
+            ("allowed_tokens.index", None if allowed is None else allowed.index),
+        ):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the factorization {tuple(shape)}")
 
     @torch.inference_mode()  # a few per cent faster than no_grad; what leaves is made outside of it
     def __iter__(self) -> Iterator[_Step]:
         columns, _, _ = compact(self.known)
         tokens = Arrangement(self.ids, self.factorization, self.model.recipe)
-        store = KeyValueStore(self.ids.shape[0], int(self.factorization.is_present.sum(dim=1).max()))
+        store = KeyValueStore(self.ids.shape[1])
         first, count = torch.zeros_like(tokens.counts), self.known.sum(dim=1)
         tokens.append(columns, count)
         while bool(self.is_open.any()):
@@ -152,8 +169,7 @@ class _Run:
         if self.forced is not None:
             forced = self.forced[row, column].to(token.device)
             token = torch.where(forced == FREE, token, forced)
-        log_prob = logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0]
-        return token.cpu(), log_prob.cpu()
+        return token.cpu(), token_log_probs(logits, token).cpu()
 
     def _commit(self, row: Tensor, column: Tensor, token: Tensor, log_prob: Tensor) -> Tensor:
         """Write the tokens down; what lies behind a new end is no longer open. (B, T) bool: what was committed."""
@@ -165,6 +181,8 @@ class _Run:
         self.known = self.known | committed
         self.is_open = self.is_open & ~committed
         ends = torch.isin(token, self.end_ids) & (column > self.last_given[row])
+        if self.forced is not None:
+            ends &= self.forced[row, column] == FREE
         if bool(ends.any()):
             self.end.scatter_reduce_(0, row[ends], column[ends], "amin")
             self.is_open &= self.every < self.end[:, None]
@@ -211,7 +229,7 @@ def generate(
         behind an end the pad id. Or a `GenerateOutput`.
     """
     request = _request(model, input_ids, factorization, policy, max_new_tokens, attention_mask)
-    run = _start(model, request, **options)
+    run = _start(model, request, options)
     for _ in run:
         pass
     output = run.output(_pad_id(model, pad_token_id))
@@ -243,10 +261,17 @@ def stream(
         eos_token_id: an id or several; default: the model's; () for none. An end counts only behind the last given
             token. What lies behind it is dropped, and decoding goes on until everything before it is filled.
         allowed_tokens: `AllowedTokens`, sets of tokens that positions may take.
-        forced_ids: (B, T) int64, tokens to commit instead of drawing; -100 where a token is to be drawn.
+        forced_ids: (B, T) int64, tokens to commit instead of drawing; -100 where a token is to be drawn. A forced token
+            is never an end.
+
+    With prompts, T of the last two is the longest prompt and max_new_tokens, counted from each prompt's first token.
     """
     request = _request(model, input_ids, factorization, policy, max_new_tokens, attention_mask)
-    for step in _start(model, request, **options):
+    return _commits(_start(model, request, options))
+
+
+def _commits(run: _Run) -> Iterator[Commit]:
+    for step in run:
         rows = zip(step.row.tolist(), step.column.tolist(), step.token.tolist(), step.log_prob.tolist(), strict=True)
         for row, column, token, log_prob in rows:
             yield Commit(row, column, token, log_prob, step.step)
@@ -271,18 +296,16 @@ def _request(
     policy = policy if policy is not None else GroupWise()
     if not isinstance(policy, Policy):
         raise ValueError(f"policy must come from anyorder.policies, got {policy!r}")
-    if input_ids.ndim != 2 or input_ids.shape[0] == 0 or input_ids.is_floating_point():
-        raise ValueError(
-            f"input_ids must be integers of shape (batch, length), got {input_ids.dtype} {tuple(input_ids.shape)}"
-        )
+    check_ids("input_ids", input_ids)
     if factorization is not None:
         for name, value in (("max_new_tokens", max_new_tokens), ("attention_mask", attention_mask)):
             if value is not None:
                 raise ValueError(f"{name} is for prompts; with a factorization, its length and absent positions say it")
-        return _Request(input_ids, factorization, policy, [])
+        ids = model.check_input(input_ids, factorization).cpu()
+        return _Request(ids, factorization, policy, [])
     new = 20 if max_new_tokens is None else max_new_tokens
-    if new < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {new}")
+    if not isinstance(new, int) or new < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {new!r}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids has {tuple(input_ids.shape)}")
@@ -296,20 +319,12 @@ def _request(
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
     parts = [Factorization.left_to_right(length + new, given=length) for length in lengths]
-    return _Request(ids, Factorization.stack(parts), policy, lengths)
+    order = Factorization.stack(parts)
+    return _Request(model.check_input(ids, order), order, policy, lengths)
 
 
-_OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "generator", "eos_token_id",
-            "allowed_tokens", "forced_ids")  # fmt: skip
-
-
-def _start(model: AnyOrderForCausalLM, request: _Request, **options: Any) -> _Run:
-    for name in options:
-        if name not in _OPTIONS:
-            known = [*_OPTIONS, *inspect.signature(generate).parameters]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(_OPTIONS)}"
-            raise ValueError(f"unknown option {name!r}; {hint}")
+def _start(model: AnyOrderForCausalLM, request: _Request, options: dict[str, Any]) -> _Run:
+    check_options(options, _start_checked, "max_new_tokens", "pad_token_id")
     return _start_checked(model, request, **options)
 
 
@@ -322,7 +337,7 @@ def _start_checked(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: Generators = None,
     eos_token_id: int | Sequence[int] | None = None,
     allowed_tokens: AllowedTokens | None = None,
     forced_ids: Tensor | None = None,
@@ -330,26 +345,27 @@ def _start_checked(
     if do_sample is None:
         do_sample = any(value is not None for value in (temperature, top_k, top_p, min_p, generator))
     factorization = request.factorization
-    for name, tensor in (("forced_ids", forced_ids), ("allowed_tokens.index", getattr(allowed_tokens, "index", None))):
-        if tensor is not None and tensor.shape != factorization.group_ids.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, the factorization {tuple(factorization.group_ids.shape)}"
-            )
     sampler = Sampler(do_sample, temperature, top_k, top_p, min_p, repetition_penalty, allowed_tokens)
-    uniform = uniforms(factorization.lengths.tolist(), factorization.length, generator if do_sample else None)
-    if eos_token_id is None:
-        eos_token_id = model.causal_lm.generation_config.eos_token_id
-    ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    uniform = torch.zeros(request.ids.shape)
+    if do_sample:
+        uniform = uniforms(factorization.lengths.tolist(), factorization.length, generator)
+    ends = (
+        _end_ids(model) if eos_token_id is None else torch.as_tensor(eos_token_id, dtype=torch.int64).flatten().tolist()
+    )
     return _Run(model, request.ids, factorization, request.policy, sampler, uniform, ends, forced_ids)
 
 
+def _end_ids(model: AnyOrderForCausalLM) -> list[int]:
+    """The model's own end ids: none, one or several."""
+    config = model.generation_config
+    end = None if config is None else config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
 def _pad_id(model: AnyOrderForCausalLM, pad_token_id: int | None) -> int:
-    config = model.causal_lm.generation_config
-    end = config.eos_token_id
-    for value in (pad_token_id, config.pad_token_id, end if isinstance(end, int) or end is None else end[0]):
-        if value is not None:
-            return int(value)
-    return 0
+    config = model.generation_config
+    own = None if config is None else config.pad_token_id
+    return int(next(value for value in (pad_token_id, own, *_end_ids(model), 0) if value is not None))
 
 
 def _as_continuations(output: GenerateOutput, input_ids: Tensor, request: _Request) -> GenerateOutput:

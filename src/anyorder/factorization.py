@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from anyorder.randomness import Generators, uniforms
 
 GIVEN = -1
 """Group id of a position whose token is given: it is read, never predicted."""
@@ -119,7 +122,7 @@ class Factorization:
         blank: Tensor,
         group_size: int = 1,
         order: str = "left_to_right",
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         attention_mask: Tensor | None = None,
     ) -> Factorization:
         """Predict the blank positions, given all others.
@@ -128,7 +131,7 @@ class Factorization:
             blank: (B, T) or (T,) bool, True where the token is to be predicted.
             group_size: blank positions predicted at a step; groups follow `order` and may span two blanks.
             order: "left_to_right" or "random" order of the blank positions.
-            generator: for the random order.
+            generator: for the random order: one a row, or one that seeds them.
             attention_mask: (B, T), 0 marks padding, which takes no part.
         """
         blank = torch.as_tensor(blank)
@@ -156,8 +159,8 @@ class Factorization:
         ids = torch.full((1, length), ABSENT)
         for name, positions, group in (("given", given, GIVEN), ("targets", targets, 0)):
             for position in positions:
-                if not 0 <= position < length:
-                    raise ValueError(f"{name} position {position} is outside 0..{length - 1}")
+                if not isinstance(position, Integral) or not 0 <= position < length:
+                    raise ValueError(f"{name} position {position} is not one of 0..{length - 1}")
                 if ids[0, position] != ABSENT:
                     raise ValueError(f"position {position} is named twice in targets and given together")
                 ids[0, position] = group
@@ -168,8 +171,8 @@ class Factorization:
     @classmethod
     def stack(cls, factorizations: Sequence[Factorization]) -> Factorization:
         """One batch out of several; shorter rows are padded with `ABSENT` on the right."""
-        if not factorizations:
-            raise ValueError("stack needs at least one factorization")
+        if not factorizations or not all(isinstance(f, Factorization) for f in factorizations):
+            raise ValueError("stack needs factorizations, at least one")
         length = max(f.length for f in factorizations)
         ids, documents = [], []
         for f in factorizations:
@@ -198,22 +201,20 @@ class Factorization:
             count += int(row.documents[0, -1]) + 1
         return cls(torch.cat([row.group_ids for row in rows], dim=1), torch.cat(documents, dim=1))
 
-    def regroup(
-        self, group_size: int, order: str | None = None, generator: torch.Generator | None = None
-    ) -> Factorization:
+    def regroup(self, group_size: int, order: str | None = None, generator: Generators = None) -> Factorization:
         """The same given positions, the others cut anew into groups of `group_size`.
 
         Args:
             order: None keeps this factorization's own order (inside a group: left to right);
                 "left_to_right" and "random" choose another.
+            generator: for the random order: one a row, or one that seeds them.
         """
-        if group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {group_size}")
+        _check_positive("group_size", group_size)
         if order is not None and order not in _ORDERS:
             raise ValueError(f"order must be one of {', '.join(_ORDERS)}, got {order!r}")
         predicted, T = self.is_predicted, self.length
         if order == "random":
-            key = torch.rand(predicted.shape, generator=generator, dtype=torch.float64).to(predicted.device)
+            key = uniforms(self.lengths.tolist(), T, generator).to(predicted.device)
         elif order == "left_to_right":
             key = torch.arange(T, device=predicted.device).expand_as(predicted)
         else:
@@ -355,10 +356,15 @@ def _place(bad: Tensor, documents: int) -> str:
 
 
 def _check_sizes(length: int, group_size: int, given: int) -> None:
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    for name, value in (("length", length), ("group_size", group_size), ("given", given)):
+        _check_positive(name, value)
     if not 1 <= given <= length:
         raise ValueError(f"given must be between 1 and the length {length}, got {given}")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
 def _integer_lists(groups: Iterable[Iterable[int]]) -> list[list[int]]:
@@ -367,7 +373,7 @@ def _integer_lists(groups: Iterable[Iterable[int]]) -> list[list[int]]:
         for positions in groups:
             lists.append([])
             for position in positions:
-                if isinstance(position, bool) or int(position) != position:
+                if not isinstance(position, Integral) or isinstance(position, bool):
                     raise ValueError(f"groups[{len(lists) - 1}] holds {position!r}: positions are integers")
                 lists[-1].append(int(position))
     except (TypeError, OverflowError) as error:

@@ -13,9 +13,9 @@ This module knows text and tokenizers; how tokens are predicted is `decoding`'s 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -23,7 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from anyorder.factorization import Factorization
+from anyorder.options import check_options
+from anyorder.pieces import Pieces
 from anyorder.policies import Policy
+from anyorder.randomness import Generators, row_generators
 from anyorder.sampling import AllowedTokens
 from anyorder.support import context_length
 from anyorder.template import Template
@@ -32,8 +35,7 @@ if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
 
 DEFAULT_LENGTH = 8
-_DOCUMENT_STARTS = ("<|endoftext|>",)
-_SPACE_MARKS = ("Ġ", "▁")  # how byte-level and SentencePiece vocabularies write a leading space
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ class Infiller:
     def __init__(
         self, model: AnyOrderForCausalLM, tokenizer: PreTrainedTokenizerBase, start_token_id: int | None = None
     ):
-        self.model, self.tokenizer = model, tokenizer
-        self.start_token_id = start_token(tokenizer) if start_token_id is None else start_token_id
-        self._text_mask, self._space_mask = _vocabulary_masks(tokenizer, model.vocabulary_size)
+        self.model, self.pieces = model, Pieces(tokenizer)
+        self.start_token_id = self.pieces.start_token() if start_token_id is None else start_token_id
+        self._text_mask, self._space_mask = self.pieces.masks(model.vocabulary_size)
 
     @overload
     def __call__(self, text: str, **options: Any) -> Infill: ...
@@ -95,20 +97,26 @@ class Infiller:
 
         Options:
             blank: the marker, default "___".
-            length: tokens of a blank: one number for all, or one for each blank of the text. Default 8.
+            length: tokens of a blank: one number for all, or a list with one for each blank. Default 8.
             group_size: tokens predicted at a step, default 1.
             order: "left_to_right" (default) or "random" order of the blank positions.
             policy: see `policies`; default: the groups of that order.
             special_tokens: allow special tokens inside a blank, default False.
-            generator, do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `generate`.
+            generator: one, or one a text: of the random order and of the draws. A text's result does not depend on
+                the others.
+            do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `generate`; a generator implies
+                do_sample, unless it is False.
 
         Raises:
             ValueError: no blank, a length that does not fit, an unknown option, a text longer than the context.
         """
+        if not isinstance(text, (str, Sequence)):
+            raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("no text to fill")
-        filled = self._fill(texts, **_checked(options))
+        check_options(options, self._fill, *_SAMPLING)
+        filled = self._fill(texts, **options)
         return filled[0] if isinstance(text, str) else filled
 
     def _fill(
@@ -120,7 +128,8 @@ class Infiller:
         order: str = "left_to_right",
         policy: Policy | None = None,
         special_tokens: bool = False,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
+        do_sample: bool | None = None,
         **sampling: Any,
     ) -> list[Infill]:
         templates = [Template.parse(text, blank) for text in texts]
@@ -128,13 +137,18 @@ class Infiller:
         self._check_context(encoded)
         ids, blanks = _pad([e.ids for e in encoded], 0), _pad([e.blank for e in encoded], -1)
         mask = _pad([[1] * len(e.ids) for e in encoded], 0)
-        order_generator = generator if isinstance(generator, torch.Generator) else None
-        f = Factorization.infill(blanks >= 0, group_size, order, order_generator, attention_mask=mask)
+        if do_sample is None:
+            do_sample = generator is not None or any(
+                sampling.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p")
+            )
+        generators = row_generators(generator, len(texts)) if do_sample or order == "random" else None
+        f = Factorization.infill(blanks >= 0, group_size, order, generators, attention_mask=mask)
         output = self.model.generate(
             ids,
             factorization=f,
             policy=policy,
-            generator=generator,
+            generator=generators,
+            do_sample=do_sample,
             eos_token_id=(),
             allowed_tokens=self._allowed(encoded, blanks, special_tokens),
             return_dict_in_generate=True,
@@ -150,7 +164,7 @@ class Infiller:
         ids, blank, eats_space = [self.start_token_id], [-1], []
         for k, piece in enumerate(template.pieces):
             eats = k < template.blanks and bool(self._space_mask.any()) and _ends_in_one_space(piece)
-            tokens = self.tokenizer.encode(piece[:-1] if eats else piece, add_special_tokens=False)
+            tokens = self.pieces.encode(piece[:-1] if eats else piece, at_start=k == 0)
             ids += tokens
             blank += [-1] * len(tokens)
             if k < template.blanks:
@@ -175,7 +189,7 @@ class Infiller:
         for number, e in enumerate(encoded):
             if limit is not None and len(e.ids) > limit:
                 raise ValueError(
-                    f"text {number} has {len(e.ids)} tokens with its blanks, the model's context is {limit}: shorten it"
+                    f"text {number} has {len(e.ids)} tokens with its blanks; the model's context is {limit}: shorten it"
                 )
 
     # ------------------------------------------------------------------ positions -> text
@@ -185,7 +199,8 @@ class Infiller:
         row, scores = ids[: len(blank)], log_probs[: len(blank)]
         fills = []
         for k in range(template.blanks):
-            fill = self.tokenizer.decode(row[blank == k].tolist(), clean_up_tokenization_spaces=False)
+            at_start = k == 0 and not template.pieces[0]
+            fill = self.pieces.decode(row[blank == k].tolist(), at_start)
             fills.append(fill.removeprefix(" ") if encoded.eats_space[k] else fill)
         text, offsets = template.fill(fills)
         spans = tuple(
@@ -195,54 +210,21 @@ class Infiller:
         return Infill(text, spans, sum(span.log_prob for span in spans), forwards)
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that a text starts with: a document separator if there is one, else the start or end token.
-
-    Raises:
-        ValueError: if the tokenizer has none of them.
-    """
-    vocabulary = tokenizer.get_vocab()
-    candidates = [vocabulary.get(name) for name in _DOCUMENT_STARTS]
-    for token_id in (*candidates, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    raise ValueError("the tokenizer has no start or end token: pass start_token_id")
-
-
-def _vocabulary_masks(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """(V,) bool: ordinary text tokens; and tokens that begin with a space."""
-    text, space = torch.zeros(vocabulary, dtype=torch.bool), torch.zeros(vocabulary, dtype=torch.bool)
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    for token, token_id in tokenizer.get_vocab().items():
-        if token_id < vocabulary and token_id not in special:
-            text[token_id] = True
-            space[token_id] = token.startswith(_SPACE_MARKS)
-    return text, space
-
-
-def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    known = ["blank", "length", "group_size", "order", "policy", "special_tokens", "generator", "do_sample",
-             "temperature", "top_k", "top_p", "min_p", "repetition_penalty"]  # fmt: skip
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"unknown option {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
-            )
-    return options
-
-
 def _lengths(length: int | Sequence[int], blanks: int) -> list[int]:
-    lengths = [length] * blanks if isinstance(length, int) else list(length)
-    if isinstance(length, str) or not all(isinstance(n, int) and n >= 1 for n in lengths):
-        raise ValueError(f"length must be a number of tokens from 1 up, or one for each blank, got {length!r}")
+    lengths = [length] * blanks if isinstance(length, Integral) else length
+    if not isinstance(lengths, list) or any(
+        isinstance(n, bool) or not isinstance(n, Integral) or int(n) < 1 for n in lengths
+    ):
+        raise ValueError(
+            f"length must be a number of tokens from 1 up, or a list with one for each blank, got {length!r}"
+        )
     if len(lengths) != blanks:
         raise ValueError(f"{len(lengths)} lengths for {blanks} blanks: give one number, or one for each blank")
-    return lengths
+    return [int(n) for n in lengths]
 
 
 def _ends_in_one_space(piece: str) -> bool:
-    return piece.endswith(" ") and piece != " " and not piece[:-1][-1:].isspace()
+    return piece.endswith(" ") and not piece[:-1][-1:].isspace()
 
 
 def _pad(rows: list[list[int]], value: int) -> Tensor:

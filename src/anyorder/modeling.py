@@ -23,49 +23,16 @@ from transformers.utils import ModelOutput
 
 from anyorder import attention
 from anyorder.cache import KeyValueStore
-from anyorder.factorization import Factorization
-from anyorder.layout import RECIPES, Layout, Rows, lay_out
-from anyorder.support import check_config, check_conversion, check_model, context_length
+from anyorder.configuration import AnyOrderConfig
+from anyorder.factorization import ABSENT, Factorization
+from anyorder.layout import Layout, Rows, lay_out
+from anyorder.support import check_config, check_conversion, check_model, context_length, probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from anyorder.decoding import Commit, GenerateOutput
     from anyorder.policies import Policy
-
-
-class AnyOrderConfig(PretrainedConfig):
-    """Config of a converted model.
-
-    Args:
-        base_config: config of the wrapped causal LM, as an object or as a dict with its `model_type`.
-        recipe: "exact" (equal to its base before any training) or "paper" (A3 as published); design section 3.
-    """
-
-    model_type = "anyorder"
-
-    def __init__(
-        self, base_config: PretrainedConfig | dict[str, Any] | None = None, recipe: str = "exact", **kwargs: Any
-    ):
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-        if isinstance(base_config, dict):
-            fields = dict(base_config)
-            base_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        self.base_config = base_config
-        self.recipe = recipe
-        super().__init__(**kwargs)
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
-        """The base model's config: where Hugging Face tools look for vocabulary and sizes."""
-        return self if self.base_config is None else self.base_config
-
-    def __getattr__(self, name: str) -> Any:
-        # vocab_size, hidden_size, eos_token_id, ...: one concept, one place.
-        base = self.__dict__.get("base_config")
-        if base is None or name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(base, name)
 
 
 @dataclass
@@ -104,11 +71,9 @@ class AnyOrderForCausalLM(PreTrainedModel):
 
     def __init__(self, config: AnyOrderConfig, causal_lm: PreTrainedModel | None = None):
         super().__init__(config)
-        if config._attn_implementation not in attention.IMPLEMENTATIONS:
-            raise ValueError(
-                f"attn_implementation must be one of {', '.join(attention.IMPLEMENTATIONS)}, "
-                f"got {config._attn_implementation!r}"
-            )
+        self.set_attn_implementation(config._attn_implementation)
+        if config.base_config is None:
+            raise ValueError("the config has no base_config: make models with AnyOrderForCausalLM.from_causal_lm")
         if causal_lm is None:
             check_config(config.base_config)
             # The dtype that from_pretrained was asked for, not the one in which the base was saved.
@@ -146,21 +111,26 @@ class AnyOrderForCausalLM(PreTrainedModel):
         """
         if isinstance(model, PreTrainedModel):
             if kwargs:
-                raise ValueError(f"{', '.join(kwargs)}: only for a model that is loaded by name, not for a loaded one")
-            if isinstance(model, AnyOrderForCausalLM):
-                raise ValueError("this model is converted already; pass its .causal_lm to convert it anew")
+                raise ValueError(f"options {', '.join(kwargs)} are for loading; the model given is loaded already")
             causal_lm = model
         else:
             from anyorder.sources import load_causal_lm
 
             causal_lm = load_causal_lm(model, **kwargs)
-        check_config(causal_lm.config)
+        if isinstance(causal_lm, AnyOrderForCausalLM):
+            raise ValueError("this model is converted already: use from_pretrained, or convert its .causal_lm anew")
+        check_model(causal_lm)
+        before, probed = causal_lm.config._attn_implementation, probe(causal_lm)
         config = AnyOrderConfig(
             base_config=causal_lm.config, recipe=recipe, attn_implementation=attn_implementation, dtype=causal_lm.dtype
         )
-        converted = cls(config, causal_lm)
-        converted.query_embedding.data.copy_(_mean_embedding(causal_lm.get_input_embeddings()))
-        check_conversion(converted)
+        try:
+            converted = cls(config, causal_lm)
+            converted.query_embedding.data.copy_(_mean_embedding(causal_lm.get_input_embeddings()))
+            check_conversion(converted, probed)
+        except Exception:
+            causal_lm.set_attn_implementation(before)  # a model that is refused stays as it was
+            raise
         return converted.train(causal_lm.training)
 
     @classmethod
@@ -171,19 +141,23 @@ class AnyOrderForCausalLM(PreTrainedModel):
             ValueError: if the checkpoint is not a converted model, or a weight is missing, unknown or of a wrong shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        config = kwargs.get("config") or AutoConfig.from_pretrained(
-            pretrained_model_name_or_path,
-            **{
-                key: kwargs[key]
-                for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-                if key in kwargs
-            },
-        )
+        config = kwargs.get("config") or pretrained_model_name_or_path
+        if not isinstance(config, PretrainedConfig):
+            config = AutoConfig.from_pretrained(
+                config,
+                **{
+                    key: kwargs[key]
+                    for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+                    if key in kwargs
+                },
+            )
         if config.model_type != cls.config_class.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {config.model_type} model, not a converted one: "
                 "use AnyOrderForCausalLM.from_causal_lm"
             )
+        if kwargs.get("recipe", config.recipe) != config.recipe:
+            raise ValueError(f"{pretrained_model_name_or_path} was converted with recipe={config.recipe!r}")
         # Shapes that differ are reported with the other problems, not half loaded with a warning.
         kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -213,6 +187,15 @@ class AnyOrderForCausalLM(PreTrainedModel):
     def generation_config(self, value: GenerationConfig) -> None:
         if "causal_lm" in self._modules:  # before, transformers derives one that the wrapped model has already
             self.causal_lm.generation_config = value
+
+    def set_attn_implementation(self, attn_implementation: str, **kwargs: Any) -> None:
+        """Choose "sdpa" or "flex_attention"; the wrapped model keeps the attention that reads intervals."""
+        if attn_implementation not in attention.IMPLEMENTATIONS:
+            raise ValueError(
+                f"attn_implementation must be one of {', '.join(attention.IMPLEMENTATIONS)}, "
+                f"got {attn_implementation!r}"
+            )
+        self.config._attn_implementation = attn_implementation
 
     def get_input_embeddings(self) -> nn.Module:
         return self.causal_lm.get_input_embeddings()
@@ -255,7 +238,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
     def _run(self, rows: Rows, key_positions: Tensor, store: KeyValueStore | None) -> tuple[Tensor, attention.Reads]:
         device = self.query_embedding.device
         embeds = self.get_input_embeddings()(rows.seed_ids.to(device))
-        if not bool(rows.seeded.all()):
+        if torch.is_grad_enabled() or not bool(rows.seeded.all()):  # w always has a gradient, if only zeros
             embeds = torch.where(rows.seeded.to(device)[..., None], embeds, self.query_embedding.to(embeds.dtype))
         reads = attention.Reads(rows, key_positions, device, store, self.config._attn_implementation)
         output = self.decoder(
@@ -266,6 +249,11 @@ class AnyOrderForCausalLM(PreTrainedModel):
             use_cache=False,
             anyorder_reads=reads,
         )
+        if not reads.calls:
+            raise ValueError(
+                "the wrapped model's attention was replaced after conversion; choose it with attn_implementation= when "
+                "converting or loading, or with set_attn_implementation of the converted model"
+            )
         return output.last_hidden_state, reads
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -276,7 +264,8 @@ class AnyOrderForCausalLM(PreTrainedModel):
         head = copy.copy(self.causal_lm)
         head._modules = dict(self.causal_lm._modules)
         head._modules[self.causal_lm.base_model_prefix] = _IdentityDecoder()
-        return cast(Tensor, head(inputs_embeds=hidden[None], use_cache=False).logits[0])
+        # The class's forward: one that a hook has put on the instance is bound to the whole model.
+        return cast(Tensor, type(head).forward(head, inputs_embeds=hidden[None], use_cache=False).logits[0])
 
     def predictions(self, input_ids: Tensor, factorization: Factorization) -> tuple[Tensor, Tensor]:
         """Hidden states of the rows that predict something.
@@ -297,6 +286,9 @@ class AnyOrderForCausalLM(PreTrainedModel):
 
     def check_input(self, input_ids: Tensor, factorization: Factorization) -> Tensor:
         """(B, T) ids on the factorization's device, 0 where absent; ValueError names what does not fit."""
+        if not isinstance(factorization, Factorization):
+            raise ValueError(f"factorization must be a Factorization, got {type(factorization).__name__}")
+        check_ids("input_ids", input_ids)
         if input_ids.shape != factorization.group_ids.shape:
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)}, "
@@ -314,7 +306,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         longest = int(((columns - factorization.document_starts) * factorization.is_present).max()) + 1
         limit = context_length(self.causal_lm.config)
         if limit is not None and longest > limit:
-            raise ValueError(f"the text has {longest} tokens, the model's context is {limit}: shorten or split it")
+            raise ValueError(f"{longest} tokens, blanks and new ones included; the model's context is {limit}")
         return ids
 
     def forward(
@@ -322,6 +314,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         input_ids: Tensor,
         factorization: Factorization | None = None,
         labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> CausalLMOutput:
         """Logits of every predicted token, in one forward.
 
@@ -329,33 +322,40 @@ class AnyOrderForCausalLM(PreTrainedModel):
             input_ids: (B, T) int64.
             factorization: of the same shape; None: left to right, one at a time, given the first token.
             labels: (B, T) int64, -100 is ignored; usually `input_ids`. Only predicted positions count.
+            attention_mask: (B, T), without a factorization: 0 marks padding, on the right.
 
         Returns:
             logits (B, T, V) in the model's dtype: row i predicts token i, unshifted; zeros at positions that are not
-            predicted. loss: mean cross-entropy over the predicted positions, in nats, float32.
+            predicted. loss: mean cross-entropy over the labelled predicted positions, in nats, float32 (0 if there are
+            none); a mixture of experts adds no router loss.
         """
         if factorization is None:
-            one = Factorization.left_to_right(input_ids.shape[1])
-            factorization = Factorization.stack([one] * input_ids.shape[0])
+            factorization = _left_to_right(input_ids, attention_mask)
+        elif attention_mask is not None:
+            raise ValueError("attention_mask is for the default order; a factorization marks padding as absent itself")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids has {tuple(input_ids.shape)}")
         hidden, predicted = self.predictions(input_ids, factorization)
         logits = self.head(hidden)
         where = predicted.to(logits.device)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.float(), labels.to(logits.device)[where])
+            targets = labels.to(logits.device)[where]
+            total = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            loss = total / (targets != -100).sum().clamp(min=1)
         out = logits.new_zeros(*where.shape, logits.shape[-1])
         out[where] = logits
         return CausalLMOutput(loss=loss, logits=out)
 
-    def _probe(self, ids: Tensor, stride: int = 1) -> tuple[Tensor, dict[int, int | None]]:
-        """(T, V) logits of left-to-right content rows, whatever the recipe, and the window of each layer.
+    def _probe(self, ids: Tensor, stride: int = 1) -> tuple[Tensor, list[tuple[int, int | None]]]:
+        """(T, V) logits of left-to-right content rows, whatever the recipe, and every call of the attention function.
 
         The tokens stand `stride` positions apart.
         """
         layout = lay_out(ids.cpu(), Factorization.left_to_right(ids.shape[1]), "exact")
         rows = dataclasses.replace(layout.rows, positions=layout.rows.positions * stride)
         hidden, reads = self._run(rows, layout.key_positions * stride, None)
-        return self.head(hidden[0, : ids.shape[1]]), reads.windows
+        return self.head(hidden[0, : ids.shape[1]]), reads.calls
 
     # ------------------------------------------------------------------ the public face of scoring and decoding
 
@@ -390,6 +390,26 @@ class AnyOrderForCausalLM(PreTrainedModel):
         return decoding.stream(self, input_ids, factorization, policy, **options)
 
 
+def check_ids(name: str, ids: Tensor) -> None:
+    """Raise ValueError unless `ids` are integers in rows."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(ids).__name__}")
+    if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers of shape (batch, length), got {ids.dtype} {tuple(ids.shape)}")
+
+
+def _left_to_right(input_ids: Tensor, attention_mask: Tensor | None) -> Factorization:
+    check_ids("input_ids", input_ids)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids has {tuple(input_ids.shape)}")
+    lengths = mask.bool().sum(dim=1)
+    if not bool((mask.bool().cpu() == (torch.arange(mask.shape[1]) < lengths.cpu()[:, None])).all()):
+        raise ValueError("attention_mask must mark padding on the right: set tokenizer.padding_side = 'right'")
+    whole = torch.arange(-1, mask.shape[1] - 1).expand(mask.shape)
+    return Factorization(whole.masked_fill(~mask.bool().cpu(), ABSENT))
+
+
 @torch.no_grad()
 def _mean_embedding(embedding: nn.Module) -> Tensor:
     """(E,) mean of what the embedding returns over the vocabulary, whatever scale the family applies."""
@@ -400,5 +420,4 @@ def _mean_embedding(embedding: nn.Module) -> Tensor:
     return (total / weight.shape[0]).to(weight.dtype)
 
 
-AutoConfig.register(AnyOrderConfig.model_type, AnyOrderConfig)
 AutoModelForCausalLM.register(AnyOrderConfig, AnyOrderForCausalLM)

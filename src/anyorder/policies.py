@@ -53,8 +53,8 @@ class GroupWise(Policy):
     size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size must be at least 1, got {self.size}")
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise ValueError(f"size must be a whole number, at least 1, got {self.size!r}")
 
     def prepare(self, factorization: Factorization) -> Factorization:
         return factorization if self.size is None else factorization.regroup(self.size)

@@ -1,15 +1,14 @@
 """Logits -> tokens, as pure functions of logits, settings and uniforms.
 
-Randomness comes in as one uniform number a position, drawn before decoding begins from an explicit generator a row.
-So a row's result depends neither on its batch mates nor on the order in which positions are filled, and no random
-state lives here. Temperature, top-k, top-p, min-p and the repetition penalty are transformers' own.
+Randomness comes in as one uniform number a position, drawn before decoding begins (`randomness`). So a row's result
+depends neither on its batch mates nor on the order in which positions are filled, and no random state lives here.
+Temperature, top-k, top-p, min-p and the repetition penalty are transformers' own.
 
 Shapes: B batch, T columns, N predictions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,9 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+SMALLEST_TEMPERATURE = 1e-6
+"""Below it, logits over temperature leave the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class AllowedTokens:
     index: Tensor
 
     def __post_init__(self) -> None:
+        if self.masks.dtype != torch.bool or self.masks.ndim != 2:
+            raise ValueError(
+                f"masks must be bool of shape (masks, vocabulary), got {self.masks.dtype} {tuple(self.masks.shape)}"
+            )
+        if self.index.dtype != torch.int64 or not bool(((self.index >= 0) & (self.index < len(self.masks))).all()):
+            raise ValueError(f"index must hold int64 numbers of masks, 0..{len(self.masks) - 1}")
         empty = ~self.masks.any(dim=1)
         if bool(empty.any()):
             raise ValueError(f"mask {int(empty.nonzero()[0])} of the allowed tokens allows none")
@@ -65,8 +73,10 @@ class Sampler:
     allowed: AllowedTokens | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature == 0:
-            raise ValueError("temperature is 0: for the most likely token use do_sample=False without a temperature")
+        if self.temperature is not None and 0 <= self.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature}: for the most likely token leave it out (do_sample=False)"
+            )
         if not self.do_sample:
             for name in ("temperature", "top_k", "top_p", "min_p"):
                 if getattr(self, name) is not None:
@@ -77,7 +87,7 @@ class Sampler:
         processors = LogitsProcessorList()
         for processor, value in (
             (RepetitionPenaltyLogitsProcessor, self.repetition_penalty),
-            (TemperatureLogitsWarper, self.temperature),
+            (TemperatureLogitsWarper, None if self.temperature is None else float(self.temperature)),
             (TopKLogitsWarper, self.top_k),
             (TopPLogitsWarper, self.top_p),
             (MinPLogitsWarper, self.min_p),
@@ -114,25 +124,6 @@ class Sampler:
         return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
-def uniforms(
-    lengths: Sequence[int], columns: int, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> Tensor:
-    """(B, T) float64 in [0, 1): one number a position.
-
-    Args:
-        lengths: of the B rows; a row draws exactly its own length, whatever the padding.
-        columns: T.
-        generator: one a row; or a single one, which seeds one a row; or None, the global generator.
-    """
-    if generator is None or isinstance(generator, torch.Generator):
-        device = "cpu" if generator is None else generator.device
-        seeds = [int(torch.randint(2**62, (1,), generator=generator, device=device)) for _ in lengths]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    else:
-        generators = list(generator)
-        if len(generators) != len(lengths):
-            raise ValueError(f"{len(generators)} generators for {len(lengths)} rows: give one, or one a row")
-    out = torch.zeros(len(lengths), columns, dtype=torch.float64)
-    for row, length, source in zip(out, lengths, generators, strict=True):
-        row[:length] = torch.rand(length, generator=source, dtype=torch.float64, device=source.device).cpu()
-    return out
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(N,) float32: log softmax of (N, V) logits at (N,) tokens."""
+    return logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from anyorder.factorization import Factorization
+from anyorder.randomness import Generators
+from anyorder.sampling import token_log_probs
 
 if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
@@ -48,11 +50,6 @@ def log_likelihood(model: AnyOrderForCausalLM, input_ids: Tensor, factorization:
     if scores:
         out[predicted.to(hidden.device)] = torch.cat(scores)
     return out.to(input_ids.device)
-
-
-def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """(N,) float32: log softmax of (N, V) logits at (N,) tokens."""
-    return logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
 
 
 def conditional_log_likelihood(
@@ -101,7 +98,7 @@ def order_spread(
     factorization: Factorization | None = None,
     orders: int = 8,
     group_size: int = 1,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> OrderSpread:
     """Likelihoods of the same tokens under random orders.
 

