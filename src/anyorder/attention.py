@@ -65,6 +65,7 @@ class Reads:
         self.implementation = implementation
         self.content_count = rows.content_count
         self.key_count = int(rows.hi.max())
+        self.open_rows = _numbers(rows.gates, device)
         self.calls: list[tuple[int, int | None]] = []  # (layer, sliding window), in the order they came
         self._rows, self._key_positions, self._device, self._store = rows, key_positions, device, store
         self._slots = rows.slots.to(device) if store is not None else rows.slots
@@ -260,6 +261,12 @@ def _flex_kernel(device_type: str) -> Any:
 
 def _cap(softcap: float, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return softcap * torch.tanh(score / softcap)
+
+
+def _numbers(gates: Tensor, device: torch.device) -> Tensor | None:
+    """Numbers of the rows with an open gate among the flattened rows, or None if there are none (for `adapters`)."""
+    numbers = gates.flatten().nonzero()[:, 0]
+    return numbers.to(device) if len(numbers) else None
 
 
 def _layer_index(module: nn.Module) -> int:

@@ -14,13 +14,20 @@ class AnyOrderConfig(PretrainedConfig):
 
     Args:
         base_config: config of the wrapped causal LM, as an object or as a dict with its `model_type`.
-        recipe: "exact" (equal to its base before any training) or "paper" (A3 as published); design section 3.
+        recipe: "exact" (equal to its base before any training) or "paper" (A3 as published).
+        adapter: fields of an `adapters.Adapter`, or None: the weights are the model's own.
+        base: of an adapter: the base model's `name`, `revision` and `fingerprint`.
     """
 
     model_type = "anyorder"
 
     def __init__(
-        self, base_config: PretrainedConfig | dict[str, Any] | None = None, recipe: str = "exact", **kwargs: Any
+        self,
+        base_config: PretrainedConfig | dict[str, Any] | None = None,
+        recipe: str = "exact",
+        adapter: dict[str, Any] | None = None,
+        base: dict[str, Any] | None = None,
+        **kwargs: Any,
     ):
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
@@ -30,6 +37,8 @@ class AnyOrderConfig(PretrainedConfig):
             base_config = AutoConfig.for_model(**base_config)
         self.base_config = base_config
         self.recipe = recipe
+        self.adapter = adapter
+        self.base = base
         super().__init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
@@ -45,6 +54,12 @@ class AnyOrderConfig(PretrainedConfig):
             return getattr(base, name)
         except Exception as error:  # some configs refuse with errors of their own, where hasattr expects only this one
             raise AttributeError(f"{base.model_type} config: {error}") from error
+
+
+def hub_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Those options of `from_pretrained` that say where on the hub a file lies."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    return {name: options[name] for name in names if name in options}
 
 
 AutoConfig.register(AnyOrderConfig.model_type, AnyOrderConfig)

@@ -10,21 +10,21 @@ Shapes: B batch, T columns, R rows, N predictions, V vocabulary, E hidden size.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.utils import ModelOutput
 
-from anyorder import attention
+from anyorder import adapters, attention
 from anyorder.cache import KeyValueStore
-from anyorder.configuration import AnyOrderConfig
+from anyorder.checkpoint import load_adapted, save_adapted
+from anyorder.configuration import AnyOrderConfig, hub_arguments
 from anyorder.factorization import ABSENT, Factorization
+from anyorder.head import logits_of
 from anyorder.layout import Layout, Rows, lay_out
 from anyorder.support import check_config, check_conversion, check_model, context_length, probe
 
@@ -33,23 +33,6 @@ if TYPE_CHECKING:
 
     from anyorder.decoding import Commit, GenerateOutput
     from anyorder.policies import Policy
-
-
-@dataclass
-class _IdentityOutput(ModelOutput):
-    """Every field that some causal LM's forward reads from its decoder's output."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-    router_logits: Any = None
-
-
-class _IdentityDecoder(nn.Module):
-    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _IdentityOutput:
-        return _IdentityOutput(last_hidden_state=inputs_embeds)
 
 
 class AnyOrderForCausalLM(PreTrainedModel):
@@ -92,6 +75,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         cls,
         model: str | PreTrainedModel,
         recipe: str = "exact",
+        adapter: str | adapters.Adapter | None = None,
         attn_implementation: str = "sdpa",
         **kwargs: Any,
     ) -> AnyOrderForCausalLM:
@@ -103,6 +87,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         Args:
             model: a loaded model, a built-in name, a directory, a GGUF file or a hub id.
             recipe: "exact" or "paper".
+            adapter: None (all weights are trained), or an adapter on the frozen base: "gated", "lora", an `Adapter`.
             attn_implementation: "sdpa" or "flex_attention".
             kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...).
 
@@ -119,6 +104,8 @@ class AnyOrderForCausalLM(PreTrainedModel):
             causal_lm = load_causal_lm(model, **kwargs)
         if isinstance(causal_lm, AnyOrderForCausalLM):
             raise ValueError("this model is converted already: use from_pretrained, or convert its .causal_lm anew")
+        if isinstance(adapter, str):
+            adapter = adapters.Adapter(kind=adapter)  # type: ignore[arg-type]
         check_model(causal_lm)
         before, probed = causal_lm.config._attn_implementation, probe(causal_lm)
         config = AnyOrderConfig(
@@ -128,6 +115,12 @@ class AnyOrderForCausalLM(PreTrainedModel):
             converted = cls(config, causal_lm)
             converted.query_embedding.data.copy_(_mean_embedding(causal_lm.get_input_embeddings()))
             check_conversion(converted, probed)
+            if adapter is not None:
+                config.adapter = dataclasses.asdict(adapter)
+                name = model if isinstance(model, str) else causal_lm.name_or_path or None
+                fingerprint = adapters.fingerprint(causal_lm)
+                config.base = {"name": name, "revision": kwargs.get("revision"), "fingerprint": fingerprint}
+                adapters.attach(causal_lm, adapter)
         except Exception:
             causal_lm.set_attn_implementation(before)  # a model that is refused stays as it was
             raise
@@ -143,14 +136,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         config = kwargs.get("config") or pretrained_model_name_or_path
         if not isinstance(config, PretrainedConfig):
-            config = AutoConfig.from_pretrained(
-                config,
-                **{
-                    key: kwargs[key]
-                    for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-                    if key in kwargs
-                },
-            )
+            config = AutoConfig.from_pretrained(config, **hub_arguments(kwargs))
         if config.model_type != cls.config_class.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {config.model_type} model, not a converted one: "
@@ -158,6 +144,8 @@ class AnyOrderForCausalLM(PreTrainedModel):
             )
         if kwargs.get("recipe", config.recipe) != config.recipe:
             raise ValueError(f"{pretrained_model_name_or_path} was converted with recipe={config.recipe!r}")
+        if config.adapter is not None:
+            return load_adapted(cls, pretrained_model_name_or_path, config, **kwargs)
         # Shapes that differ are reported with the other problems, not half loaded with a warning.
         kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -171,6 +159,23 @@ class AnyOrderForCausalLM(PreTrainedModel):
         with contextlib.suppress(OSError):  # an optional file: the ids in the base config serve
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
         return (model, info) if wants_info else model  # type: ignore[return-value]
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write what `from_pretrained` reads: the whole model, or with an adapter only that and where it belongs."""
+        if self.config.adapter is None:
+            super().save_pretrained(save_directory, **kwargs)
+        elif kwargs.pop("push_to_hub", False):
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        else:
+            save_adapted(self, Path(save_directory))
+
+    def merge_adapter(self) -> AnyOrderForCausalLM:
+        """Fold an ungated adapter into the weights; the model is then saved whole. ValueError for a gated one."""
+        if self.config.adapter is None:
+            raise ValueError("this model has no adapter to merge")
+        adapters.merge(self.causal_lm)
+        self.config.adapter = self.config.base = None
+        return self
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -261,11 +266,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
 
         So whatever a family does to its logits (caps, scales) is done here, without a copy of it.
         """
-        head = copy.copy(self.causal_lm)
-        head._modules = dict(self.causal_lm._modules)
-        head._modules[self.causal_lm.base_model_prefix] = _IdentityDecoder()
-        # The class's forward: one that a hook has put on the instance is bound to the whole model.
-        return cast(Tensor, type(head).forward(head, inputs_embeds=hidden[None], use_cache=False).logits[0])
+        return logits_of(self.causal_lm, hidden)
 
     def predictions(self, input_ids: Tensor, factorization: Factorization) -> tuple[Tensor, Tensor]:
         """Hidden states of the rows that predict something.

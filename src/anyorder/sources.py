@@ -22,7 +22,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anyorder import DEFAULT_MODEL
-from anyorder.configuration import AnyOrderConfig
+from anyorder.configuration import AnyOrderConfig, hub_arguments
 from anyorder.modeling import AnyOrderForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ def load(
     """
     location = resolve(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(location, **_hub_arguments(kwargs))
-        tokenizer = AutoTokenizer.from_pretrained(location, **_hub_arguments(kwargs))
+        config = AutoConfig.from_pretrained(location, **hub_arguments(kwargs))
+        tokenizer = AutoTokenizer.from_pretrained(location, **hub_arguments(kwargs))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name_or_path!r}: {_first_line(error)}") from error
     if config.model_type == AnyOrderConfig.model_type:
@@ -162,11 +162,6 @@ def _packaged_file(package: str, file: str) -> Path | None:
         return None
     path = Path(spec.origin).parent / file
     return path if path.is_file() else None
-
-
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,76 @@
+"""A conversion as a small directory: adapter, query embedding and config, without the base model's weights.
+
+    config.json                 AnyOrderConfig: recipe, adapter, and which base model it belongs to
+    adapter_config.json         PEFT's
+    adapter_model.safetensors   PEFT's
+    query_embedding.safetensors w
+
+The base is loaded by its name and known again by a fingerprint of its weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
+
+from anyorder import adapters
+from anyorder.configuration import AnyOrderConfig, hub_arguments
+
+if TYPE_CHECKING:
+    from anyorder.modeling import AnyOrderForCausalLM
+
+QUERY_FILE = "query_embedding.safetensors"
+
+
+def save_adapted(model: AnyOrderForCausalLM, directory: Path) -> None:
+    """Write the four files."""
+    config = model.config
+    adapters.save(model.causal_lm, directory, (config.base or {}).get("name"))
+    query = {"query_embedding": model.query_embedding.detach().contiguous()}
+    save_file(query, directory / QUERY_FILE, metadata={"format": "pt"})
+    config.save_pretrained(directory)
+
+
+def load_adapted(
+    cls: type[AnyOrderForCausalLM], source: Any, config: AnyOrderConfig, base_model: Any = None, **kwargs: Any
+) -> AnyOrderForCausalLM:
+    """Load the base, check that it is the one, and put the adapter on it.
+
+    Args:
+        cls: the model class.
+        source: directory or hub id of the adapter.
+        config: read from there.
+        base_model: name or loaded model to use in place of the one that the config names.
+        kwargs: options for loading the base (dtype, device_map, ...).
+
+    Raises:
+        ValueError: for another base, or weights that do not fit.
+    """
+    from anyorder.sources import load_causal_lm
+
+    assert config.adapter is not None
+    origin = config.base or {}
+    name = base_model if base_model is not None else origin.get("name")
+    if name is None:
+        raise ValueError(f"{source} does not say which model it was trained on: pass base_model=")
+    files = {
+        file: Path(cached_file(source, file, **hub_arguments(kwargs))) for file in (adapters.WEIGHTS_FILE, QUERY_FILE)
+    }
+    attention = kwargs.pop("attn_implementation", "sdpa")
+    if isinstance(name, str):
+        revision = {"revision": origin["revision"]} if origin.get("revision") and base_model is None else {}
+        own = {key: value for key, value in kwargs.items() if key not in hub_arguments(kwargs)}
+        causal_lm = load_causal_lm(name, **revision, **own)
+    else:
+        causal_lm, name = name, type(name).__name__
+    adapters.check_fingerprint(causal_lm, origin.get("fingerprint", {}), str(name))
+    model = cls.from_causal_lm(
+        causal_lm, recipe=config.recipe, adapter=adapters.Adapter(**config.adapter), attn_implementation=attention
+    )
+    adapters.load(model.causal_lm, files[adapters.WEIGHTS_FILE])
+    model.query_embedding.data.copy_(load_file(files[QUERY_FILE])["query_embedding"])
+    model.config.base = config.base
+    return model.eval()
