@@ -103,6 +103,9 @@ def attach(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
             if hasattr(module, "layer_idx") and "attention" in type(module).__name__.lower():
                 module.register_forward_pre_hook(_enter, with_kwargs=True)
     inject_adapter_in_model(config, causal_lm, adapter_name=_NAME)
+    for name, parameter in causal_lm.named_parameters():
+        if "lora_" in name:  # small updates vanish in 16 bits; `checkpoint` casts what is only read
+            parameter.data = parameter.data.float()
 
 
 def _enter(attention: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -201,7 +204,7 @@ def fingerprint(causal_lm: PreTrainedModel, samples: int = 8) -> dict[str, list[
     out = {}
     for name, parameter in chosen:
         flat = parameter.detach().flatten()
-        index = torch.linspace(0, flat.numel() - 1, samples).long().to(flat.device)
+        index = torch.arange(samples, device=flat.device) * (flat.numel() - 1) // (samples - 1)
         out[name.replace(".base_layer.", ".")] = flat[index].float().cpu().tolist()
     return out
 

@@ -73,4 +73,4 @@ def load_adapted(
     adapters.load(model.causal_lm, files[adapters.WEIGHTS_FILE])
     model.query_embedding.data.copy_(load_file(files[QUERY_FILE])["query_embedding"])
     model.config.base = config.base
-    return model.eval()
+    return model.to(causal_lm.dtype).eval()

@@ -121,6 +121,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
                 fingerprint = adapters.fingerprint(causal_lm)
                 config.base = {"name": name, "revision": kwargs.get("revision"), "fingerprint": fingerprint}
                 adapters.attach(causal_lm, adapter)
+                converted.query_embedding.data = converted.query_embedding.data.float()
         except Exception:
             causal_lm.set_attn_implementation(before)  # a model that is refused stays as it was
             raise

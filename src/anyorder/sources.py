@@ -57,7 +57,7 @@ def load(
             raise ValueError(f"{name_or_path} was converted with recipe={config.recipe!r}; it cannot become {recipe!r}")
         model = AnyOrderForCausalLM.from_pretrained(location, **kwargs)
     else:
-        model = AnyOrderForCausalLM.from_causal_lm(location, recipe=recipe or "exact", **kwargs)
+        model = AnyOrderForCausalLM.from_causal_lm(name_or_path, recipe=recipe or "exact", **kwargs)
     return model.eval(), tokenizer
 
 

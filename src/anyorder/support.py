@@ -108,7 +108,7 @@ def check_conversion(model: AnyOrderForCausalLM, probed: tuple[Tensor, Tensor] |
         model.causal_lm.train(training)
     _check_calls(config, calls)
     difference = float((ours.float() - base).square().mean().sqrt() / base.std().clamp(min=1e-6))
-    if not difference < PROBE_TOLERANCE.get(model.dtype, PROBE_TOLERANCE_16_BIT):
+    if not difference < PROBE_TOLERANCE.get(model.causal_lm.dtype, PROBE_TOLERANCE_16_BIT):
         refuse(config, f"its logits change by {difference:.2g} of their spread when attention runs over intervals")
     if torch.equal(stretched, ours):
         refuse(config, "its modelling code ignores position_ids, so tokens cannot be sorted")

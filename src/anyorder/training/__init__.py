@@ -1,0 +1,1 @@
+"""Adaptation: curricula of factorizations, data, the objective, the trainer. Needs the `train` extra."""

@@ -1,0 +1,149 @@
+"""Text files -> packed rows of documents with their factorizations.
+
+Every training sequence is a function of its number: which documents, in which order, under which factorization. So a
+run can be cut and resumed anywhere, on any number of workers, and draws what it would have drawn.
+
+A text longer than a document may be is cut into several at sentence ends where it can; nothing is thrown away.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from anyorder.factorization import ABSENT, Factorization
+from anyorder.pieces import Pieces
+from anyorder.training.curriculum import MIN_LENGTH, Curriculum, Document, seeded
+
+FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+_SENTENCE = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
+
+
+def read_texts(files: Sequence[str | Path]) -> list[str]:
+    """The texts of local files: `{"text": ...}` records in .jsonl, .json or .parquet (.gz too), or whole .txt files.
+
+    Raises:
+        ValueError: naming the file that is missing, empty, unreadable or of an unknown kind.
+    """
+    import datasets
+
+    texts: list[str] = []
+    for file in map(Path, files):
+        kind = FORMATS.get(Path(file.name.removesuffix(".gz")).suffix)
+        if kind is None:
+            raise ValueError(f"{file}: unknown kind of file; known: {', '.join(FORMATS)}, each also as .gz")
+        if not file.is_file():
+            raise ValueError(f"no such file: {file}")
+        options = {"sample_by": "document"} if kind == "text" else {}
+        try:
+            table = datasets.load_dataset(kind, data_files=str(file), split="train", **options)
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+        if "text" not in table.column_names:
+            raise ValueError(f"{file} has no column 'text' but {', '.join(table.column_names)}")
+        found = [text for text in table["text"] if isinstance(text, str) and text.strip()]
+        if not found:
+            raise ValueError(f"{file} holds no text")
+        texts += found
+    return texts
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """Ids of one document, its start token included, and where its sentences start."""
+
+    ids: Tensor
+    shape: Document
+
+
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[TokenDocument]:
+    """Documents of at most `max_length` tokens, start token included."""
+    if max_length < MIN_LENGTH:
+        raise ValueError(f"documents need at least {MIN_LENGTH} tokens, got a length of {max_length}")
+    start = Pieces(tokenizer).start_token()
+    documents = []
+    for text in texts:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]]
+        marks = [0] + [match.end() for match in _SENTENCE.finditer(text)]
+        starts = sorted({_first_token(offsets, mark, text) for mark in marks} - {len(ids)})
+        begin = 0
+        while begin < len(ids):
+            end = min(begin + max_length - 1, len(ids))
+            inside = [s for s in starts if begin < s <= end]
+            if end < len(ids) and inside:
+                end = inside[-1]
+            sentences = tuple(s - begin + 1 for s in starts if begin <= s < end)
+            shape = Document(end - begin + 1, sentences)
+            documents.append(TokenDocument(torch.tensor([start, *ids[begin:end]]), shape))
+            begin = end
+    return documents
+
+
+def _first_token(offsets: list[int], mark: int, text: str) -> int:
+    """The number of the token that brings the character at `mark`, with the space in front of it."""
+    import bisect
+
+    index = bisect.bisect_left(offsets, mark)
+    before = index > 0 and index <= len(offsets) and offsets[index - 1] == mark - 1 and text[mark - 1].isspace()
+    return index - 1 if before else index
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """Training sequence number i, for i in 0..count-1.
+
+    Args:
+        documents: from `tokenize`.
+        length: columns of a row; short documents are packed side by side, none reads another.
+        curriculum: draws a factorization for each document.
+        count: sequences in the whole run; progress through the curriculum is i / count.
+        seed: of packing, order and factorizations.
+    """
+
+    def __init__(
+        self, documents: Sequence[TokenDocument], length: int, curriculum: Curriculum, count: int, seed: int = 0
+    ):
+        usable = [document for document in documents if document.shape.length >= MIN_LENGTH]
+        if not usable:
+            raise ValueError("no document has two tokens or more: there is nothing to train on")
+        longest = max(document.shape.length for document in usable)
+        if longest > length:
+            raise ValueError(f"a document has {longest} tokens, a row {length}: tokenize with max_length={length}")
+        self.documents, self.length, self.curriculum, self.count, self.seed = usable, length, curriculum, count, seed
+        self.rows = self._pack()
+
+    def _pack(self) -> list[list[int]]:
+        """Documents in a shuffled order, filled into rows one after the other."""
+        rows: list[list[int]] = [[]]
+        room = self.length
+        for index in torch.randperm(len(self.documents), generator=seeded([self.seed, "pack"])).tolist():
+            size = self.documents[index].shape.length
+            if size > room:
+                rows.append([])
+                room = self.length
+            rows[-1].append(index)
+            room -= size
+        return rows
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        epoch, place = divmod(i, len(self.rows))
+        order = torch.randperm(len(self.rows), generator=seeded([self.seed, "epoch", epoch]))
+        chosen = [self.documents[index] for index in self.rows[int(order[place])]]
+        progress = i / max(1, self.count)
+        drawn = [self.curriculum.draw(document.shape, progress, [self.seed, i, d]) for d, document in enumerate(chosen)]
+        packed = Factorization.pack(drawn)
+        pad = (0, self.length - packed.length)
+        ids = torch.nn.functional.pad(torch.cat([document.ids for document in chosen]), pad)
+        groups = torch.nn.functional.pad(packed.group_ids[0], pad, value=ABSENT)
+        documents = torch.nn.functional.pad(packed.documents[0], pad, value=int(packed.documents[0, -1]))
+        return {"input_ids": ids, "group_ids": groups, "document_ids": documents}
