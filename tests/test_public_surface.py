@@ -29,7 +29,7 @@ LAYERS = [
     ["sources", "reference", "sampling", "policies", "pieces"],
     ["scoring", "decoding"],
     ["infilling"],
-    ["training.curriculum", "training.objective"],
+    ["training.curriculum"],
     ["training.data", "training.trainer"],
     ["training", "cli"],
     ["__main__"],

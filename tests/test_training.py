@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from anyorder import AnyOrderForCausalLM, Factorization
+from anyorder import AnyOrderForCausalLM, Factorization, head
 from anyorder.adapters import Adapter
 from anyorder.training.curriculum import (
     BUILT_IN,
@@ -26,7 +26,6 @@ from architectures import VOCABULARY, base_model, converted
 pytest.importorskip("peft", reason="training needs the train extra")
 pytest.importorskip("datasets", reason="training needs the train extra")
 
-from anyorder.training import objective
 from anyorder.training.data import Sequences, TokenDocument, read_texts, tokenize
 
 STORY = Document(20, (1, 6, 11, 16))
@@ -216,11 +215,20 @@ def test_the_objective_is_the_likelihood(recipe, monkeypatch):
     expected = model.log_likelihood(ids, order)
     grads = []
     for size in (512, 5):
-        monkeypatch.setattr(objective, "CHUNK", size)
-        losses, predicted = objective.negative_log_likelihoods(model, ids, order)
-        torch.testing.assert_close(-losses, expected[predicted], atol=1e-5, rtol=0)
-        grads.append(torch.autograd.grad(losses.mean(), model.causal_lm.get_input_embeddings().weight)[0])
+        monkeypatch.setattr(head, "CHUNK", size)
+        loss = model(ids, order, labels=ids).loss
+        torch.testing.assert_close(-loss, expected[order.is_predicted].mean(), atol=1e-5, rtol=0)
+        grads.append(torch.autograd.grad(loss, model.causal_lm.get_input_embeddings().weight)[0])
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-4)
+
+
+def test_no_logits_are_kept_in_training():
+    """The widest tensor of a training step is a chunk of logits, not all of them."""
+    model = AnyOrderForCausalLM.from_causal_lm(base_model("llama")).train()
+    ids, order = torch.ones(1, 20, dtype=torch.int64), Factorization.left_to_right(20)
+    output = model(ids, order, labels=ids)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, model.eval()(ids, order, labels=ids).loss)
 
 
 def trainer(tmp_path, model, steps, **options):

@@ -24,7 +24,7 @@ from anyorder.cache import KeyValueStore
 from anyorder.checkpoint import load_adapted, save_adapted
 from anyorder.configuration import AnyOrderConfig, hub_arguments
 from anyorder.factorization import ABSENT, Factorization
-from anyorder.head import logits_of
+from anyorder.head import logits_of, negative_log_likelihoods
 from anyorder.layout import Layout, Rows, lay_out
 from anyorder.support import check_config, check_conversion, check_model, context_length, probe
 
@@ -328,8 +328,9 @@ class AnyOrderForCausalLM(PreTrainedModel):
 
         Returns:
             logits (B, T, V) in the model's dtype: row i predicts token i, unshifted; zeros at positions that are not
-            predicted. loss: mean cross-entropy over the labelled predicted positions, in nats, float32 (0 if there are
-            none); a mixture of experts adds no router loss.
+            predicted; None in training with labels, where they would be the largest tensor by far. loss: mean
+            cross-entropy over the labelled predicted positions, in nats, float32 (0 if there are none); a mixture of
+            experts adds no router loss.
         """
         if factorization is None:
             factorization = _left_to_right(input_ids, attention_mask)
@@ -338,13 +339,15 @@ class AnyOrderForCausalLM(PreTrainedModel):
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids has {tuple(input_ids.shape)}")
         hidden, predicted = self.predictions(input_ids, factorization)
-        logits = self.head(hidden)
-        where = predicted.to(logits.device)
+        where = predicted.to(hidden.device)
         loss = None
         if labels is not None:
-            targets = labels.to(logits.device)[where]
-            total = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            targets = labels.to(hidden.device)[where]
+            total = negative_log_likelihoods(self.causal_lm, hidden, targets).sum()
             loss = total / (targets != -100).sum().clamp(min=1)
+            if self.training:
+                return CausalLMOutput(loss=loss)
+        logits = self.head(hidden)
         out = logits.new_zeros(*where.shape, logits.shape[-1])
         out[where] = logits
         return CausalLMOutput(loss=loss, logits=out)

@@ -1,1 +1,1 @@
-"""Adaptation: curricula of factorizations, data, the objective, the trainer. Needs the `train` extra."""
+"""Adaptation: curricula of factorizations, data, the trainer. Needs the `train` extra."""

@@ -1,7 +1,4 @@
-"""A thin subclass of transformers' Trainer: any-order batches in, cross-entropy of the query stream out.
-
-One process so far: the loss is computed beside the model's forward, which wrappers for several processes need.
-"""
+"""A thin subclass of transformers' Trainer: any-order batches in, cross-entropy of the query stream out."""
 
 from __future__ import annotations
 
@@ -11,15 +8,13 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
 from anyorder import adapters
 from anyorder.checkpoint import QUERY_FILE
 from anyorder.factorization import Factorization
-from anyorder.modeling import AnyOrderForCausalLM
-from anyorder.training.objective import negative_log_likelihoods
 
 
 class AnyOrderTrainer(Trainer):
@@ -30,16 +25,15 @@ class AnyOrderTrainer(Trainer):
 
     def compute_loss(
         self,
-        model: AnyOrderForCausalLM,
+        model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean negative log-likelihood of the predicted tokens, in nats."""
         order = Factorization(inputs["group_ids"].cpu(), inputs["document_ids"].cpu())
-        losses, _ = negative_log_likelihoods(model, inputs["input_ids"], order)
-        loss = losses.mean()
-        return (loss, {"loss": loss}) if return_outputs else loss
+        output = model(input_ids=inputs["input_ids"], factorization=order, labels=inputs["input_ids"])
+        return (output.loss, output) if return_outputs else output.loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
