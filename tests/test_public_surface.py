@@ -31,7 +31,10 @@ LAYERS = [
     ["infilling"],
     ["training.curriculum"],
     ["training.data", "training.trainer"],
-    ["training", "cli"],
+    ["training", "training.adapt"],
+    ["cli.options"],
+    ["cli.commands"],
+    ["cli"],
     ["__main__"],
 ]
 
@@ -107,6 +110,10 @@ TEXTS = {"--file", "--lines"}
 ORDER = {"--group-size", "--order", "--seed"}
 SAMPLING = {"--sample", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed"}
 OPTIONS = {
+    "adapt": COMMON
+    | {"--dtype", "--device", "--train-file", "--curriculum", "--adapter", "--rank", "--recipe", "--tokens", "--length"}
+    | {"--document-length", "--batch-size", "--accumulate", "--learning-rate", "--warmup-steps", "--save-every"}
+    | {"--log-every", "--seed", "--resume"},
     "convert": COMMON | {"--recipe", "--dtype", "--device", "--overwrite"},
     "generate": COMMON | MODEL | TEXTS | SAMPLING | {"--max-new-tokens", "--group-size"},
     "infill": COMMON | MODEL | TEXTS | SAMPLING | ORDER | {"--blank", "--length", "--special-tokens"},

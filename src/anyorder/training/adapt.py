@@ -1,0 +1,196 @@
+"""`anyorder adapt`: from a model and text files to an adapted model, in one command that can be cut and resumed.
+
+OUTPUT/                the adapted model, written when the run is complete
+OUTPUT/curves.csv      loss and learning rate by step
+OUTPUT/checkpoints/    to resume from
+OUTPUT/run.json        the options of the run; --resume needs the same
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+    from anyorder.modeling import AnyOrderForCausalLM
+    from anyorder.training.trainer import AnyOrderTrainer
+
+LEARNING_RATES = {"none": 1e-4, "lora": 1e-3, "gated": 1e-3}
+_NOT_OF_THE_RUN = {"run", "command", "debug", "json", "resume", "output", "device", "save_every", "log_every"}
+
+
+def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """The options of the command."""
+    parser.add_argument("model", help="built-in name, directory, GGUF file or hub id to start from")
+    parser.add_argument("output", type=Path, help="directory for the run and its result")
+    parser.add_argument("--train-file", type=Path, nargs="+", required=True, metavar="PATH",
+                        help="texts: .jsonl, .json, .parquet (records with 'text'), .txt; also .gz")  # fmt: skip
+    parser.add_argument("--curriculum", default="exact", help="exact, paper, infill or a .yaml file; default: exact")
+    parser.add_argument("--adapter", choices=tuple(LEARNING_RATES), default="gated",
+                        help="gated (keeps the base model), lora, or none (all weights); default: gated")  # fmt: skip
+    parser.add_argument("--rank", type=positive, default=32, metavar="N", help="of the adapter; default: 32")
+    parser.add_argument("--recipe", choices=("exact", "paper"), help="default: exact, or what the model has")
+    parser.add_argument("--tokens", type=positive, default=1_000_000, metavar="N",
+                        help="tokens in the whole run, padding included; default: 1000000")  # fmt: skip
+    parser.add_argument("--length", type=positive, default=256, metavar="N", help="tokens of a row; default: 256")
+    parser.add_argument("--document-length", type=positive, default=128, metavar="N",
+                        help="longer texts are cut at sentence ends; default: 128")  # fmt: skip
+    parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="rows a forward; default: 4")
+    parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="forwards a step; default: 1")
+    parser.add_argument("--learning-rate", type=float, metavar="R", help="default: 1e-3 for adapters, else 1e-4")
+    parser.add_argument("--warmup-steps", type=int, default=20, metavar="N", help="default: 20")
+    parser.add_argument("--save-every", type=positive, default=100, metavar="N", help="steps; default: 100")
+    parser.add_argument("--log-every", type=positive, default=10, metavar="N", help="steps; default: 10")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT")
+
+
+def run(options: argparse.Namespace, load: Callable[[Any], tuple[Any, Any]]) -> None:
+    """Train, or go on training, and save.
+
+    Args:
+        options: parsed from `add_options`.
+        load: loads the model that the options name; it gets the adapter as `options.adapter_object`.
+    """
+    from anyorder.training.curriculum import Curriculum
+    from anyorder.training.data import Sequences, read_texts, tokenize
+
+    checkpoint = _prepare(options)
+    curriculum = Curriculum.built_in(options.curriculum)
+    texts = read_texts(options.train_file)
+    model, tokenizer = _model(options, load)
+    documents = tokenize(texts, tokenizer, min(options.document_length, options.length))
+    rows = options.batch_size * options.accumulate
+    steps = max(1, options.tokens // (rows * options.length))
+    data = Sequences(documents, options.length, curriculum, steps * rows, options.seed)
+    trainer = _trainer(options, model, data, steps)
+    with _saved_when_interrupted(trainer) as state:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    _write_curves(trainer, options.output / "curves.csv")
+    if state["interrupted"]:
+        print(f"saved at step {trainer.state.global_step} of {steps}; go on with the same command and --resume",
+              file=sys.stderr)  # fmt: skip
+        raise KeyboardInterrupt
+    _save(model, tokenizer, options.output)
+    last = [record["loss"] for record in trainer.state.log_history if "loss" in record][-1:]
+    report = {"output": str(options.output), "steps": steps, "loss": last[0] if last else None}
+    print(json.dumps(report) if options.json else f"{steps} steps, last loss {report['loss']} nats -> {options.output}")
+
+
+def _prepare(options: argparse.Namespace) -> str | None:
+    """Check the output directory against --resume; the checkpoint to resume from, if any."""
+    described = {name: value for name, value in vars(options).items() if name not in _NOT_OF_THE_RUN}
+    described = json.loads(json.dumps(described, default=str))
+    file = options.output / "run.json"
+    if not options.resume:
+        if options.output.exists() and any(options.output.iterdir()):
+            raise ValueError(f"{options.output} is not empty: add --resume to go on, or choose another directory")
+        options.output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(described, indent=1) + "\n")
+        return None
+    if not file.is_file():
+        raise ValueError(f"nothing to resume in {options.output}: it has no run.json")
+    before = json.loads(file.read_text())
+    for name, value in described.items():
+        if before.get(name) != value:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"the run in {options.output} has {option} {before.get(name)}, not {value}: use the same")
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = options.output / "checkpoints"
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        print("no checkpoint yet: starting from the beginning", file=sys.stderr)
+    return found
+
+
+def _model(
+    options: argparse.Namespace, load: Callable[[Any], tuple[Any, Any]]
+) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
+    import torch
+
+    from anyorder.adapters import Adapter
+
+    torch.manual_seed(options.seed)  # the adapter's first factor is random
+    kind = options.adapter
+    options.adapter_object = None if kind == "none" else Adapter(kind, options.rank)
+    model, tokenizer = load(options)
+    return model.train(), tokenizer
+
+
+def _trainer(options: argparse.Namespace, model: AnyOrderForCausalLM, data: Any, steps: int) -> AnyOrderTrainer:
+    from transformers import TrainingArguments
+
+    from anyorder.training.trainer import AnyOrderTrainer
+
+    rate = options.learning_rate if options.learning_rate is not None else LEARNING_RATES[options.adapter]
+    arguments = TrainingArguments(
+        output_dir=str(options.output / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=rate,
+        warmup_steps=min(options.warmup_steps, steps // 2),
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        bf16=options.dtype == "bfloat16",
+        use_cpu=options.device == "cpu",
+        save_steps=options.save_every,
+        save_total_limit=2,
+        logging_steps=options.log_every,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=not sys.stderr.isatty(),
+        seed=options.seed,
+    )
+    return AnyOrderTrainer(model=model, args=arguments, train_dataset=data)
+
+
+@contextmanager
+def _saved_when_interrupted(trainer: AnyOrderTrainer) -> Iterator[dict[str, bool]]:
+    """Ctrl-C ends the step that runs, then saves and stops; a second one stops at once."""
+    from transformers import TrainerCallback
+
+    state = {"interrupted": False}
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, trainer_state: Any, control: Any, **kwargs: Any) -> None:
+            if state["interrupted"]:
+                control.should_save = control.should_training_stop = True
+
+    def interrupt(number: int, frame: Any) -> None:
+        if state["interrupted"]:
+            raise KeyboardInterrupt
+        state["interrupted"] = True
+
+    trainer.add_callback(Stop())
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield state
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _write_curves(trainer: AnyOrderTrainer, file: Path) -> None:
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    with file.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["step", "loss", "learning_rate"])
+        writer.writerows([record["step"], record["loss"], record["learning_rate"]] for record in records)
+
+
+def _save(model: AnyOrderForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
