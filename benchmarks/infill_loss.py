@@ -1,0 +1,74 @@
+"""Nats per token of the third sentence of five-sentence stories, and of whole stories in groups of four.
+
+Each model's own exact likelihood, left to right inside the blank: given the sentences before it alone, and given both
+sides. The plain model given sentences 1 and 2 is the figure to beat; whether *both sides* help a trained model is shown
+only against a control that was trained on the same text to read from one side.
+
+    python benchmarks/infill_loss.py --stories rocstories_valid.jsonl.gz --model smollm2-135m my-run --limit 300
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+import torch
+
+from anyorder import AnyOrderForCausalLM, Factorization, load
+from anyorder.pieces import Pieces
+
+BLANK = 2  # the third sentence
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stories", type=Path, required=True, help='.jsonl or .jsonl.gz of {"sentences": [five]}')
+    parser.add_argument("--model", nargs="+", default=["smollm2-135m"], help="models to compare")
+    parser.add_argument("--limit", type=int, default=300, help="stories, from the first; default: 300")
+    parser.add_argument("--batch-size", type=int, default=20)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options = parser.parse_args()
+    stories = read(options.stories)[: options.limit]
+    print(f"{len(stories)} stories, nats a token")
+    print(f"{'model':32} {'given 1 2':>10} {'given 1 2 4 5':>14} {'whole, groups of 1':>19} {'whole, groups of 4':>19}")
+    for name in options.model:
+        model, tokenizer = load(name, dtype=getattr(torch, options.dtype))
+        columns = measure(model, Pieces(tokenizer), stories, options.batch_size)
+        print(f"{name:32} {columns[0]:10.3f} {columns[1]:14.3f} {columns[2]:19.3f} {columns[3]:19.3f}", flush=True)
+
+
+def read(file: Path) -> list[list[str]]:
+    text = gzip.open(file, "rt").read() if file.suffix == ".gz" else file.read_text()
+    return [json.loads(line)["sentences"] for line in text.splitlines()]
+
+
+def measure(model: AnyOrderForCausalLM, pieces: Pieces, stories: list[list[str]], batch: int) -> list[float]:
+    """Means over all predicted tokens: one side, both sides, left to right, left to right in groups of four."""
+    totals, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for first in range(0, len(stories), batch):
+        rows: list[list[Factorization]] = [[], [], [], []]
+        ids = []
+        for sentences in stories[first : first + batch]:
+            parts = [pieces.encode(s if k == 0 else " " + s, at_start=k == 0) for k, s in enumerate(sentences)]
+            ids.append([pieces.start_token(), *(token for part in parts for token in part)])
+            ends = torch.tensor([1 + sum(map(len, parts[:k])) for k in range(len(parts) + 1)]).tolist()
+            length, blank = len(ids[-1]), range(ends[BLANK], ends[BLANK + 1])
+            rows[0].append(Factorization.conditional(list(blank), list(range(ends[BLANK])), length))
+            mask = torch.zeros(length, dtype=torch.bool)
+            mask[list(blank)] = True
+            rows[1].append(Factorization.infill(mask))
+            rows[2].append(Factorization.left_to_right(length))
+            rows[3].append(Factorization.left_to_right(length, group_size=4))
+        width = max(map(len, ids))
+        tensor = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+        for column, orders in enumerate(rows):
+            order = Factorization.stack(orders)
+            totals[column] -= model.log_likelihood(tensor, order).double().sum()
+            counts[column] += order.is_predicted.sum()
+    return (totals / counts).tolist()
+
+
+if __name__ == "__main__":
+    main()
