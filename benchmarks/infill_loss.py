@@ -40,8 +40,8 @@ def main() -> None:
 
 
 def read(file: Path) -> list[list[str]]:
-    text = gzip.open(file, "rt").read() if file.suffix == ".gz" else file.read_text()
-    return [json.loads(line)["sentences"] for line in text.splitlines()]
+    data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return [json.loads(line)["sentences"] for line in data.decode().splitlines()]
 
 
 def measure(model: AnyOrderForCausalLM, pieces: Pieces, stories: list[list[str]], batch: int) -> list[float]:
