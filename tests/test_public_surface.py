@@ -21,7 +21,7 @@ PACKAGE = Path(anyorder.__file__).parent
 LAYERS = [
     ["__init__", "template", "options", "randomness"],
     ["factorization"],
-    ["layout"],
+    ["layout", "inputs"],
     ["cache"],
     ["attention", "configuration", "support", "head", "adapters"],
     ["checkpoint"],

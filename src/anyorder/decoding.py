@@ -21,8 +21,8 @@ from torch import Tensor
 
 from anyorder.cache import KeyValueStore
 from anyorder.factorization import ABSENT, GIVEN, Factorization
+from anyorder.inputs import check_ids
 from anyorder.layout import Arrangement, compact, join
-from anyorder.modeling import check_ids
 from anyorder.options import check_options
 from anyorder.policies import GroupWise, Policy
 from anyorder.randomness import Generators, uniforms

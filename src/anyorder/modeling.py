@@ -23,8 +23,9 @@ from anyorder import adapters, attention
 from anyorder.cache import KeyValueStore
 from anyorder.checkpoint import load_adapted, save_adapted
 from anyorder.configuration import AnyOrderConfig, hub_arguments
-from anyorder.factorization import ABSENT, Factorization
+from anyorder.factorization import Factorization
 from anyorder.head import logits_of, negative_log_likelihoods
+from anyorder.inputs import fitting_ids, left_to_right
 from anyorder.layout import Layout, Rows, lay_out
 from anyorder.support import check_config, check_conversion, check_model, context_length, probe
 
@@ -288,28 +289,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
 
     def check_input(self, input_ids: Tensor, factorization: Factorization) -> Tensor:
         """(B, T) ids on the factorization's device, 0 where absent; ValueError names what does not fit."""
-        if not isinstance(factorization, Factorization):
-            raise ValueError(f"factorization must be a Factorization, got {type(factorization).__name__}")
-        check_ids("input_ids", input_ids)
-        if input_ids.shape != factorization.group_ids.shape:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}, "
-                f"the factorization {tuple(factorization.group_ids.shape)}"
-            )
-        ids = input_ids.to(factorization.device).masked_fill(~factorization.is_present, 0)
-        vocabulary = self.vocabulary_size
-        bad = (ids < 0) | (ids >= vocabulary)
-        if bool(bad.any()):
-            b, t = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"row {b}, position {t}: token id {int(ids[b, t])} is outside the vocabulary 0..{vocabulary - 1}"
-            )
-        columns = torch.arange(factorization.length, device=factorization.device)
-        longest = int(((columns - factorization.document_starts) * factorization.is_present).max()) + 1
-        limit = context_length(self.causal_lm.config)
-        if limit is not None and longest > limit:
-            raise ValueError(f"{longest} tokens, blanks and new ones included; the model's context is {limit}")
-        return ids
+        return fitting_ids(input_ids, factorization, self.vocabulary_size, context_length(self.causal_lm.config))
 
     def forward(
         self,
@@ -333,7 +313,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
             experts adds no router loss.
         """
         if factorization is None:
-            factorization = _left_to_right(input_ids, attention_mask)
+            factorization = left_to_right(input_ids, attention_mask)
         elif attention_mask is not None:
             raise ValueError("attention_mask is for the default order; a factorization marks padding as absent itself")
         if labels is not None and labels.shape != input_ids.shape:
@@ -393,26 +373,6 @@ class AnyOrderForCausalLM(PreTrainedModel):
         from anyorder import decoding
 
         return decoding.stream(self, input_ids, factorization, policy, **options)
-
-
-def check_ids(name: str, ids: Tensor) -> None:
-    """Raise ValueError unless `ids` are integers in rows."""
-    if not isinstance(ids, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(ids).__name__}")
-    if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers of shape (batch, length), got {ids.dtype} {tuple(ids.shape)}")
-
-
-def _left_to_right(input_ids: Tensor, attention_mask: Tensor | None) -> Factorization:
-    check_ids("input_ids", input_ids)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids has {tuple(input_ids.shape)}")
-    lengths = mask.bool().sum(dim=1)
-    if not bool((mask.bool().cpu() == (torch.arange(mask.shape[1]) < lengths.cpu()[:, None])).all()):
-        raise ValueError("attention_mask must mark padding on the right: set tokenizer.padding_side = 'right'")
-    whole = torch.arange(-1, mask.shape[1] - 1).expand(mask.shape)
-    return Factorization(whole.masked_fill(~mask.bool().cpu(), ABSENT))
 
 
 @torch.no_grad()
