@@ -172,6 +172,15 @@ def test_a_policy_may_commit_fewer_than_it_asks_for():
     torch.testing.assert_close(output.log_probs, model.log_likelihood(output.sequences, steps), atol=1e-5, rtol=0)
 
 
+def test_a_policy_must_commit_something():
+    class Never(policies.GroupWise):
+        def choose(self, logits, row, column):
+            return torch.zeros_like(row, dtype=torch.bool)
+
+    with pytest.raises(ValueError, match="committed nothing in row 0"):
+        run(converted("llama"), IDS[:1], Factorization.left_to_right(T), policy=Never())
+
+
 def exactly(tokens: list[int]) -> AllowedTokens:
     """Each position may take one token: a draw whose outcome is known."""
     return AllowedTokens(torch.eye(VOCABULARY, dtype=torch.bool), torch.tensor([tokens]))

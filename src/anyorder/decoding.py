@@ -136,6 +136,11 @@ class _Run:
             logits = self.model.head(hidden).float()
             chosen = self.policy.choose(logits, row, column)
             if not bool(chosen.all()):
+                idle = sorted(set(row.tolist()) - set(row[chosen].tolist()))
+                if idle:
+                    raise ValueError(
+                        f"{self.policy!r} committed nothing in row {idle[0]}: at least one position a step"
+                    )
                 logits, row, column = logits[chosen.to(logits.device)], row[chosen], column[chosen]
             token, log_prob = self._draw(logits, row, column)
             committed = self._commit(row, column, token, log_prob)
