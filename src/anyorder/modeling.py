@@ -147,6 +147,8 @@ class AnyOrderForCausalLM(PreTrainedModel):
         if kwargs.get("recipe", config.recipe) != config.recipe:
             raise ValueError(f"{pretrained_model_name_or_path} was converted with recipe={config.recipe!r}")
         if config.adapter is not None:
+            for name in ("config", "adapter_kwargs", "_from_auto", "_from_pipeline"):  # of this model, not of its base
+                kwargs.pop(name, None)
             return load_adapted(cls, pretrained_model_name_or_path, config, **kwargs)
         # Shapes that differ are reported with the other problems, not half loaded with a warning.
         kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
