@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 
@@ -27,6 +28,7 @@ pytest.importorskip("peft", reason="training needs the train extra")
 pytest.importorskip("datasets", reason="training needs the train extra")
 
 from anyorder.training.data import Sequences, TokenDocument, read_texts, tokenize
+from anyorder.training.heldout import REGIMES, HeldOut
 
 STORY = Document(20, (1, 6, 11, 16))
 
@@ -300,8 +302,9 @@ def adapt(checkpoint, stories, output, *more):
     ])  # fmt: skip
 
 
-def curve(output):
-    return [float(line.split(",")[1]) for line in (output / "curves.csv").read_text().splitlines()[1:]]
+def curve(output, column="loss"):
+    with (output / "curves.csv").open() as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
 GOLDEN = [5.5557, 4.8942, 4.5334]  # first, sixth, thirtieth step
@@ -316,9 +319,29 @@ def test_adapt_follows_its_golden_trajectory_and_saves_a_model_that_infills(chec
     curve_ = curve(output)
     assert len(curve_) == 30
     assert [curve_[0], curve_[5], curve_[29]] == pytest.approx(GOLDEN, abs=0.02)
+    assert curve(output, "eval_random_1") == []
     model, tokenizer = load(str(output))
     assert model.config.adapter["kind"] == "gated"
     assert Infiller(model, tokenizer)("a ___ b", length=2).text.startswith("a ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_held_out_loss_is_measured_in_four_regimes(checkpoint, stories, tmp_path):
+    from anyorder import load
+
+    assert adapt(checkpoint, stories, tmp_path / "run", "--eval-file", stories, "--eval-every", 15) == 0
+    curves = {name: curve(tmp_path / "run", f"eval_{name}") for name in REGIMES}
+    assert {len(values) for values in curves.values()} == {3}  # at the start, after 15 steps, after 30
+    assert len(set(curves["left_to_right_1"])) == 1  # gated: the base model's, whatever was trained
+    for name in ("left_to_right_4", "random_1", "random_4"):
+        assert curves[name][-1] < curves[name][0]
+    model, tokenizer = load(str(tmp_path / "run"))
+    texts = [json.loads(line)["text"] for line in stories.read_text().splitlines()]
+    held_out = HeldOut(tokenize(texts, tokenizer, 32))
+    assert len(held_out) == 12
+    assert held_out.losses(model) == pytest.approx({name: values[-1] for name, values in curves.items()}, abs=1e-4)
+    with pytest.raises(ValueError, match="no documents to measure on"):
+        HeldOut([])
 
 
 @pytest.mark.filterwarnings("ignore")

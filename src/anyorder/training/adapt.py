@@ -1,7 +1,7 @@
 """`anyorder adapt`: from a model and text files to an adapted model, in one command that can be cut and resumed.
 
 OUTPUT/                the adapted model, written when the run is complete
-OUTPUT/curves.csv      loss and learning rate by step
+OUTPUT/curves.csv      loss, learning rate and held-out losses by step
 OUTPUT/checkpoints/    to resume from
 OUTPUT/run.json        the options of the run; --resume needs the same
 """
@@ -36,6 +36,11 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument("output", type=Path, help="directory for the run and its result")
     parser.add_argument("--train-file", type=Path, nargs="+", required=True, metavar="PATH",
                         help="texts: .jsonl, .json, .parquet (records with 'text'), .txt; also .gz")  # fmt: skip
+    parser.add_argument(
+        "--eval-file", type=Path, nargs="+", default=[], metavar="PATH", help="texts for held-out loss in four regimes"
+    )
+    parser.add_argument("--eval-every", type=positive, default=100, metavar="N", help="steps; default: 100")
+    parser.add_argument("--eval-documents", type=positive, default=64, metavar="N", help="the first; default: 64")
     parser.add_argument("--curriculum", default="exact", help="exact, paper, infill or a .yaml file; default: exact")
     parser.add_argument("--adapter", choices=tuple(LEARNING_RATES), default="gated",
                         help="gated (keeps the base model), lora, or none (all weights); default: gated")  # fmt: skip
@@ -65,16 +70,19 @@ def run(options: argparse.Namespace, load: Callable[[Any], tuple[Any, Any]]) -> 
     """
     from anyorder.training.curriculum import Curriculum
     from anyorder.training.data import Sequences, read_texts, tokenize
+    from anyorder.training.heldout import HeldOut
 
     checkpoint = _prepare(options)
     curriculum = Curriculum.built_in(options.curriculum)
-    texts = read_texts(options.train_file)
+    texts, held_out_texts = read_texts(options.train_file), read_texts(options.eval_file)
     model, tokenizer = _model(options, load)
-    documents = tokenize(texts, tokenizer, min(options.document_length, options.length))
+    longest = min(options.document_length, options.length)
+    documents = tokenize(texts, tokenizer, longest)
+    held_out = tokenize(held_out_texts, tokenizer, longest)[: options.eval_documents]
     rows = options.batch_size * options.accumulate
     steps = max(1, options.tokens // (rows * options.length))
     data = Sequences(documents, options.length, curriculum, steps * rows, options.seed)
-    trainer = _trainer(options, model, data, steps)
+    trainer = _trainer(options, model, data, HeldOut(held_out) if held_out else None, steps)
     with _saved_when_interrupted(trainer) as state:
         trainer.train(resume_from_checkpoint=checkpoint)
     _write_curves(trainer, options.output / "curves.csv")
@@ -129,7 +137,9 @@ def _model(
     return model.train(), tokenizer
 
 
-def _trainer(options: argparse.Namespace, model: AnyOrderForCausalLM, data: Any, steps: int) -> AnyOrderTrainer:
+def _trainer(
+    options: argparse.Namespace, model: AnyOrderForCausalLM, data: Any, held_out: Any, steps: int
+) -> AnyOrderTrainer:
     from transformers import TrainingArguments
 
     from anyorder.training.trainer import AnyOrderTrainer
@@ -149,13 +159,16 @@ def _trainer(options: argparse.Namespace, model: AnyOrderForCausalLM, data: Any,
         use_cpu=options.device == "cpu",
         save_steps=options.save_every,
         save_total_limit=2,
+        eval_strategy="no" if held_out is None else "steps",
+        eval_steps=options.eval_every,
+        eval_on_start=held_out is not None,
         logging_steps=options.log_every,
         report_to="none",
         remove_unused_columns=False,
         disable_tqdm=not sys.stderr.isatty(),
         seed=options.seed,
     )
-    return AnyOrderTrainer(model=model, args=arguments, train_dataset=data)
+    return AnyOrderTrainer(model=model, args=arguments, train_dataset=data, eval_dataset=held_out)
 
 
 @contextmanager
@@ -184,11 +197,17 @@ def _saved_when_interrupted(trainer: AnyOrderTrainer) -> Iterator[dict[str, bool
 
 
 def _write_curves(trainer: AnyOrderTrainer, file: Path) -> None:
-    records = [record for record in trainer.state.log_history if "loss" in record]
+    """One line a logged step; a column is empty where nothing was measured."""
+    from anyorder.training.heldout import REGIMES
+
+    columns = ["step", "loss", "learning_rate", *(f"eval_{name}" for name in REGIMES)]
+    steps: dict[int, dict[str, Any]] = {}
+    for record in trainer.state.log_history:
+        steps.setdefault(record["step"], {}).update(record)
     with file.open("w", newline="") as out:
-        writer = csv.writer(out)
-        writer.writerow(["step", "loss", "learning_rate"])
-        writer.writerows([record["step"], record["loss"], record["learning_rate"]] for record in records)
+        writer = csv.DictWriter(out, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(record for _, record in sorted(steps.items()) if record.keys() & set(columns[1:]))
 
 
 def _save(model: AnyOrderForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

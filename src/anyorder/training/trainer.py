@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from anyorder import adapters
 from anyorder.checkpoint import QUERY_FILE
@@ -19,6 +19,8 @@ from anyorder.factorization import Factorization
 
 class AnyOrderTrainer(Trainer):
     """Trains on `data.Sequences`, whose order is part of the data: a sequence is a function of its number."""
+
+    control: TrainerControl
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(cast(Sized, train_dataset if train_dataset is not None else self.train_dataset))
@@ -34,6 +36,21 @@ class AnyOrderTrainer(Trainer):
         order = Factorization(inputs["group_ids"].cpu(), inputs["document_ids"].cpu())
         output = model(input_ids=inputs["input_ids"], factorization=order, labels=inputs["input_ids"])
         return (output.loss, output) if return_outputs else output.loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out nats per token in four regimes, and their mean as the loss. The data set is a `HeldOut`."""
+        held_out = eval_dataset if eval_dataset is not None else self.eval_dataset
+        training = self.model.training
+        self.model.eval()
+        losses = held_out.losses(self.model)
+        self.model.train(training)
+        metrics = {f"{metric_key_prefix}_{name}": loss for name, loss in losses.items()}
+        metrics[f"{metric_key_prefix}_loss"] = sum(losses.values()) / len(losses)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
