@@ -382,4 +382,5 @@ def test_adapt_tells_mistakes_in_one_line(checkpoint, stories, tmp_path, capsys)
         (["--resume"], "nothing to resume"),
     )):  # fmt: skip
         assert adapt(checkpoint, stories, tmp_path / str(number), *more) == 2
+        assert not (tmp_path / str(number)).exists()
         assert message in capsys.readouterr().err.splitlines()[-1]

@@ -72,9 +72,9 @@ def run(options: argparse.Namespace, load: Callable[[Any], tuple[Any, Any]]) -> 
     from anyorder.training.data import Sequences, read_texts, tokenize
     from anyorder.training.heldout import HeldOut
 
-    checkpoint = _prepare(options)
     curriculum = Curriculum.built_in(options.curriculum)
     texts, held_out_texts = read_texts(options.train_file), read_texts(options.eval_file)
+    checkpoint = _prepare(options)  # writes; so a mistake above leaves nothing behind
     model, tokenizer = _model(options, load)
     longest = min(options.document_length, options.length)
     documents = tokenize(texts, tokenizer, longest)
