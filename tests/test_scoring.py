@@ -140,9 +140,9 @@ def test_nothing_to_predict_scores_zero():
 
 
 def test_chunks_do_not_change_scores(monkeypatch):
-    from anyorder import scoring
+    from anyorder import head
 
     model, f = converted("llama"), Factorization.random(12, 2, generator=torch.Generator().manual_seed(1))
     whole = model.log_likelihood(IDS[:1], f)
-    monkeypatch.setattr(scoring, "CHUNK", 3)
+    monkeypatch.setattr(head, "CHUNK", 3)
     torch.testing.assert_close(model.log_likelihood(IDS[:1], f), whole, atol=1e-6, rtol=0)

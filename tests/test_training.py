@@ -107,9 +107,9 @@ def test_curricula_from_yaml(tmp_path):
         "stages:\n- share: 2\n  mixture:\n  - {regime: spans, weight: 2, blanks: 1, lengths: [3, 3]}\n"
         "  - {regime: left_to_right, group_sizes: [4]}\n"
     )
-    stage = Curriculum.built_in(str(file)).stages[0]
+    stage = Curriculum.load(str(file)).stages[0]
     assert stage == Stage((Spans(1, (3, 3)), LeftToRight((4,))), (2.0, 1.0), 2)
-    assert Curriculum.built_in("paper") is BUILT_IN["paper"]
+    assert Curriculum.load("paper") is BUILT_IN["paper"]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_broken_curricula_name_the_key(data, message):
 
 def test_a_curriculum_that_is_not_there():
     with pytest.raises(ValueError, match="no curriculum 'nothing': use paper, exact, infill or a .yaml file"):
-        Curriculum.built_in("nothing")
+        Curriculum.load("nothing")
 
 
 # ---------------------------------------------------------------------- data

@@ -65,13 +65,18 @@ class Reads:
         self.implementation = implementation
         self.content_count = rows.content_count
         self.key_count = int(rows.hi.max())
-        self.open_rows = _numbers(rows.gates, device)
         self.calls: list[tuple[int, int | None]] = []  # (layer, sliding window), in the order they came
         self._rows, self._key_positions, self._device, self._store = rows, key_positions, device, store
         self._slots = rows.slots.to(device) if store is not None else rows.slots
         self._start = _common_start(rows.slots, store.capacity) if store is not None else None
         self._plans: dict[tuple[int | None, int, torch.dtype], list[Block]] = {}
         self._block_masks: dict[int | None, Any] = {}
+
+    @functools.cached_property
+    def open_rows(self) -> Tensor | None:
+        """(N,) int64 numbers of the rows with an open gate among the flattened rows, or None: there are none."""
+        numbers = self._rows.gates.flatten().nonzero()[:, 0]
+        return numbers.to(self._device) if len(numbers) else None
 
     def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(B, G, K, D) keys and values of the content rows, stored ones included, in generation order."""
@@ -261,12 +266,6 @@ def _flex_kernel(device_type: str) -> Any:
 
 def _cap(softcap: float, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return softcap * torch.tanh(score / softcap)
-
-
-def _numbers(gates: Tensor, device: torch.device) -> Tensor | None:
-    """Numbers of the rows with an open gate among the flattened rows, or None if there are none (for `adapters`)."""
-    numbers = gates.flatten().nonzero()[:, 0]
-    return numbers.to(device) if len(numbers) else None
 
 
 def _layer_index(module: nn.Module) -> int:

@@ -34,6 +34,12 @@ def save_adapted(model: AnyOrderForCausalLM, directory: Path) -> None:
     config.save_pretrained(directory)
 
 
+def read_weights(model: AnyOrderForCausalLM, adapter_file: Path, query_file: Path) -> None:
+    """Read what `save_adapted` wrote into a model that has such an adapter; ValueError if it does not fit."""
+    adapters.load(model.causal_lm, adapter_file)
+    model.query_embedding.data.copy_(load_file(query_file)["query_embedding"])
+
+
 def load_adapted(
     cls: type[AnyOrderForCausalLM], source: Any, config: AnyOrderConfig, base_model: Any = None, **kwargs: Any
 ) -> AnyOrderForCausalLM:
@@ -70,7 +76,6 @@ def load_adapted(
     model = cls.from_causal_lm(
         causal_lm, recipe=config.recipe, adapter=adapters.Adapter(**config.adapter), attn_implementation=attention
     )
-    adapters.load(model.causal_lm, files[adapters.WEIGHTS_FILE])
-    model.query_embedding.data.copy_(load_file(files[QUERY_FILE])["query_embedding"])
+    read_weights(model, files[adapters.WEIGHTS_FILE], files[QUERY_FILE])
     model.config.base = config.base
     return model.to(causal_lm.dtype).eval()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from anyorder.cache import KeyValueStore
 from anyorder.factorization import ABSENT, GIVEN, Factorization
-from anyorder.inputs import check_ids
+from anyorder.inputs import check_ids, real_tokens
 from anyorder.layout import Arrangement, compact, join
 from anyorder.options import check_options
 from anyorder.policies import GroupWise, Policy
@@ -301,7 +301,6 @@ def _request(
     policy = policy if policy is not None else GroupWise()
     if not isinstance(policy, Policy):
         raise ValueError(f"policy must come from anyorder.policies, got {policy!r}")
-    check_ids("input_ids", input_ids)
     if factorization is not None:
         for name, value in (("max_new_tokens", max_new_tokens), ("attention_mask", attention_mask)):
             if value is not None:
@@ -311,10 +310,8 @@ def _request(
     new = 20 if max_new_tokens is None else max_new_tokens
     if not isinstance(new, int) or new < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {new!r}")
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids has {tuple(input_ids.shape)}")
-    prompts = [row[keep.bool()] for row, keep in zip(input_ids.cpu(), mask.cpu(), strict=True)]
+    real = real_tokens(input_ids, attention_mask)
+    prompts = [row[keep] for row, keep in zip(input_ids.cpu(), real, strict=True)]
     lengths = [len(prompt) for prompt in prompts]
     if not all(lengths):
         raise ValueError(

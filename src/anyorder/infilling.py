@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
 
 DEFAULT_LENGTH = 8
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,6 @@ class Infiller:
         policy: Policy | None = None,
         special_tokens: bool = False,
         generator: Generators = None,
-        do_sample: bool | None = None,
         **sampling: Any,
     ) -> list[Infill]:
         templates = [Template.parse(text, blank) for text in texts]
@@ -137,18 +136,14 @@ class Infiller:
         self._check_context(encoded)
         ids, blanks = _pad([e.ids for e in encoded], 0), _pad([e.blank for e in encoded], -1)
         mask = _pad([[1] * len(e.ids) for e in encoded], 0)
-        if do_sample is None:
-            do_sample = generator is not None or any(
-                sampling.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p")
-            )
-        generators = row_generators(generator, len(texts)) if do_sample or order == "random" else None
+        # One set for the order and the draws; without one the order alone must not turn sampling on.
+        generators = row_generators(generator, len(texts)) if generator is not None or order == "random" else None
         f = Factorization.infill(blanks >= 0, group_size, order, generators, attention_mask=mask)
         output = self.model.generate(
             ids,
             factorization=f,
             policy=policy,
-            generator=generators,
-            do_sample=do_sample,
+            generator=None if generator is None else generators,
             eos_token_id=(),
             allowed_tokens=self._allowed(encoded, blanks, special_tokens),
             return_dict_in_generate=True,

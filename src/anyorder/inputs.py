@@ -16,17 +16,25 @@ def check_ids(name: str, ids: Tensor) -> None:
         raise ValueError(f"{name} must be integers of shape (batch, length), got {ids.dtype} {tuple(ids.shape)}")
 
 
-def left_to_right(input_ids: Tensor, attention_mask: Tensor | None) -> Factorization:
-    """The default order of a batch that is padded on the right."""
+def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, T) bool on the CPU: False where the mask marks padding."""
     check_ids("input_ids", input_ids)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, input_ids has {tuple(input_ids.shape)}")
-    lengths = mask.bool().sum(dim=1)
-    if not bool((mask.bool().cpu() == (torch.arange(mask.shape[1]) < lengths.cpu()[:, None])).all()):
+    if attention_mask is None:
+        return torch.ones(input_ids.shape, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids has {tuple(input_ids.shape)}"
+        )
+    return attention_mask.bool().cpu()
+
+
+def left_to_right(input_ids: Tensor, attention_mask: Tensor | None = None) -> Factorization:
+    """The default order of a batch: one token at a time, given the first; padding only on the right."""
+    mask = real_tokens(input_ids, attention_mask)
+    columns = torch.arange(mask.shape[1])
+    if not bool((mask == (columns < mask.sum(dim=1)[:, None])).all()):
         raise ValueError("attention_mask must mark padding on the right: set tokenizer.padding_side = 'right'")
-    whole = torch.arange(-1, mask.shape[1] - 1).expand(mask.shape)
-    return Factorization(whole.masked_fill(~mask.bool().cpu(), ABSENT))
+    return Factorization((columns - 1).expand(mask.shape).masked_fill(~mask, ABSENT))
 
 
 def fitting_ids(input_ids: Tensor, factorization: Factorization, vocabulary: int, limit: int | None) -> Tensor:

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from anyorder.factorization import Factorization
+from anyorder.head import negative_log_likelihoods
+from anyorder.inputs import left_to_right
 from anyorder.randomness import Generators
-from anyorder.sampling import token_log_probs
 
 if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
-
-CHUNK = 256
-"""Predictions whose logits exist at the same time: 256 x 49,152 floats are 50 MB."""
 
 
 @torch.no_grad()
@@ -42,13 +40,8 @@ def log_likelihood(model: AnyOrderForCausalLM, input_ids: Tensor, factorization:
     """
     hidden, predicted = model.predictions(input_ids, factorization)
     targets = input_ids.to(hidden.device)[predicted.to(hidden.device)]
-    scores = [
-        token_log_probs(model.head(states), ids)
-        for states, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    ]
     out = torch.zeros(predicted.shape, device=hidden.device)
-    if scores:
-        out[predicted.to(hidden.device)] = torch.cat(scores)
+    out[predicted.to(hidden.device)] = -negative_log_likelihoods(model.causal_lm, hidden, targets).float()
     return out.to(input_ids.device)
 
 
@@ -113,7 +106,6 @@ def order_spread(
     if orders < 2:
         raise ValueError(f"a spread needs at least 2 orders, got {orders}")
     if factorization is None:
-        one = Factorization.left_to_right(input_ids.shape[1])
-        factorization = Factorization.stack([one] * input_ids.shape[0])
+        factorization = left_to_right(input_ids)
     drawn = [factorization.regroup(group_size, "random", generator) for _ in range(orders)]
     return OrderSpread(torch.stack([log_likelihood(model, input_ids, f).sum(dim=1) for f in drawn], dim=1))

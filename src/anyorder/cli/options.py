@@ -120,15 +120,14 @@ def _decoded(data: bytes, source: str) -> str:
         raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def load_model(options: argparse.Namespace) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
-    """The converted model and its tokenizer."""
+def load_model(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
+    """The converted model and its tokenizer; `more` goes to `sources.load`."""
     import torch
 
     from anyorder.sources import load
 
     dtype: torch.dtype = getattr(torch, options.dtype)
     device = torch.device(options.device)
-    more = {"adapter": options.adapter_object} if getattr(options, "adapter_object", None) else {}
     model, tokenizer = load(options.model, recipe=getattr(options, "recipe", None), dtype=dtype, **more)
     return model.to(device), tokenizer
 

@@ -61,18 +61,18 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT")
 
 
-def run(options: argparse.Namespace, load: Callable[[Any], tuple[Any, Any]]) -> None:
+def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> None:
     """Train, or go on training, and save.
 
     Args:
         options: parsed from `add_options`.
-        load: loads the model that the options name; it gets the adapter as `options.adapter_object`.
+        load: loads the model that the options name, with `adapter=`.
     """
     from anyorder.training.curriculum import Curriculum
     from anyorder.training.data import Sequences, read_texts, tokenize
     from anyorder.training.heldout import HeldOut
 
-    curriculum = Curriculum.built_in(options.curriculum)
+    curriculum = Curriculum.load(options.curriculum)
     texts, held_out_texts = read_texts(options.train_file), read_texts(options.eval_file)
     checkpoint = _prepare(options)  # writes; so a mistake above leaves nothing behind
     model, tokenizer = _model(options, load)
@@ -90,7 +90,8 @@ def run(options: argparse.Namespace, load: Callable[[Any], tuple[Any, Any]]) -> 
         print(f"saved at step {trainer.state.global_step} of {steps}; go on with the same command and --resume",
               file=sys.stderr)  # fmt: skip
         raise KeyboardInterrupt
-    _save(model, tokenizer, options.output)
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
     last = [record["loss"] for record in trainer.state.log_history if "loss" in record][-1:]
     report = {"output": str(options.output), "steps": steps, "loss": last[0] if last else None}
     print(json.dumps(report) if options.json else f"{steps} steps, last loss {report['loss']} nats -> {options.output}")
@@ -124,16 +125,15 @@ def _prepare(options: argparse.Namespace) -> str | None:
 
 
 def _model(
-    options: argparse.Namespace, load: Callable[[Any], tuple[Any, Any]]
+    options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]
 ) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
     import torch
 
     from anyorder.adapters import Adapter
 
     torch.manual_seed(options.seed)  # the adapter's first factor is random
-    kind = options.adapter
-    options.adapter_object = None if kind == "none" else Adapter(kind, options.rank)
-    model, tokenizer = load(options)
+    more = {} if options.adapter == "none" else {"adapter": Adapter(options.adapter, options.rank)}
+    model, tokenizer = load(options, **more)
     return model.train(), tokenizer
 
 
@@ -208,8 +208,3 @@ def _write_curves(trainer: AnyOrderTrainer, file: Path) -> None:
         writer = csv.DictWriter(out, columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(record for _, record in sorted(steps.items()) if record.keys() & set(columns[1:]))
-
-
-def _save(model: AnyOrderForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

@@ -187,7 +187,7 @@ class Curriculum:
         return stage.regimes[index].draw(document, generator)
 
     @classmethod
-    def built_in(cls, name: str) -> Curriculum:
+    def load(cls, name: str) -> Curriculum:
         """`exact`, `paper` or `infill`; or a YAML file.
 
         Raises:

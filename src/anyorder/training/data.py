@@ -8,6 +8,7 @@ A text longer than a document may be is cut into several at sentence ends where 
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,8 +90,6 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_lengt
 
 def _first_token(offsets: list[int], mark: int, text: str) -> int:
     """The number of the token that brings the character at `mark`, with the space in front of it."""
-    import bisect
-
     index = bisect.bisect_left(offsets, mark)
     before = index > 0 and index <= len(offsets) and offsets[index - 1] == mark - 1 and text[mark - 1].isspace()
     return index - 1 if before else index
@@ -118,6 +117,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
             raise ValueError(f"a document has {longest} tokens, a row {length}: tokenize with max_length={length}")
         self.documents, self.length, self.curriculum, self.count, self.seed = usable, length, curriculum, count, seed
         self.rows = self._pack()
+        self._epoch = -1
 
     def _pack(self) -> list[list[int]]:
         """Documents in a shuffled order, filled into rows one after the other."""
@@ -137,8 +137,10 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         epoch, place = divmod(i, len(self.rows))
-        order = torch.randperm(len(self.rows), generator=seeded([self.seed, "epoch", epoch]))
-        chosen = [self.documents[index] for index in self.rows[int(order[place])]]
+        if epoch != self._epoch:  # one shuffle an epoch, not one a sequence
+            generator = seeded([self.seed, "epoch", epoch])
+            self._epoch, self._order = epoch, torch.randperm(len(self.rows), generator=generator)
+        chosen = [self.documents[index] for index in self.rows[int(self._order[place])]]
         progress = i / max(1, self.count)
         drawn = [self.curriculum.draw(document.shape, progress, [self.seed, i, d]) for d, document in enumerate(chosen)]
         packed = Factorization.pack(drawn)

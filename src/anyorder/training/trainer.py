@@ -6,14 +6,12 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerControl
 
-from anyorder import adapters
-from anyorder.checkpoint import QUERY_FILE
+from anyorder.adapters import WEIGHTS_FILE
+from anyorder.checkpoint import QUERY_FILE, read_weights
 from anyorder.factorization import Factorization
 
 
@@ -58,6 +56,4 @@ class AnyOrderTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         directory = Path(resume_from_checkpoint)
-        adapters.load(model.causal_lm, directory / adapters.WEIGHTS_FILE)
-        with torch.no_grad():
-            model.query_embedding.copy_(load_file(directory / QUERY_FILE)["query_embedding"])
+        read_weights(model, directory / WEIGHTS_FILE, directory / QUERY_FILE)
