@@ -111,6 +111,59 @@ def test_an_untrained_adapter_changes_nothing():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_frozen_rows_first_gives_the_gradients_of_one_forward(architecture, checkpointing, monkeypatch):
+    """Rows that the adapter cannot change are forwarded without gradient; losses and gradients stay what they were."""
+    model, counts = adapted(architecture).train(), []
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    blank = torch.zeros(14, dtype=torch.bool)
+    blank[5:8] = True
+    order = Factorization.stack(
+        [
+            Factorization.random(14, 3, generator=torch.Generator().manual_seed(1)),
+            Factorization.infill(blank),
+            Factorization.left_to_right(12, 4),
+        ]
+    )
+    ids = IDS[[0, 1, 0]]
+
+    def gradients():
+        model.zero_grad()
+        output = model(ids, order, labels=ids)
+        output.loss.backward()
+        return output.token_losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    handle = model.get_input_embeddings().register_forward_hook(lambda *args: counts.append(torch.is_grad_enabled()))
+    losses, grads = gradients()
+    assert counts == [False, True]
+    handle.remove()
+    monkeypatch.setattr(
+        AnyOrderForCausalLM,
+        "_frozen_rows_first",
+        lambda self, layout: (
+            self.hidden_rows(layout.rows, layout.key_positions),
+            torch.arange(layout.rows.count).expand(layout.rows.lo.shape),
+        ),
+    )
+    expected, plain = gradients()
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
+    assert grads.keys() == plain.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, plain[name], atol=1e-6, rtol=1e-4)
+
+
+def test_rows_are_frozen_when_nothing_they_read_is_adapted():
+    layout = adapted().lay_out(IDS[:1], Factorization.random(14, 3, generator=torch.Generator().manual_seed(1)))
+    rows, C = layout.rows, layout.rows.content_count
+    for r in range(rows.count):
+        read = rows.gates[0, :C][int(rows.lo[0, r]) : int(rows.hi[0, r])]
+        assert bool(rows.frozen[0, r]) == (not rows.gates[0, r] and not read.any())
+    assert rows.frozen.any()
+    assert not rows.frozen.all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["gated", "lora"])
 def test_only_the_adapter_and_the_query_embedding_are_trained(kind, checkpointing):
     model = adapted(kind=kind).train()

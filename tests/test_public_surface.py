@@ -30,7 +30,8 @@ LAYERS = [
     ["scoring", "decoding"],
     ["infilling"],
     ["training.curriculum"],
-    ["training.data", "training.trainer", "training.heldout"],
+    ["training.data"],
+    ["training.trainer", "training.heldout"],
     ["training", "training.adapt"],
     ["cli.options"],
     ["cli.commands"],
@@ -113,7 +114,7 @@ OPTIONS = {
     "adapt": COMMON
     | {"--dtype", "--device", "--train-file", "--curriculum", "--adapter", "--rank", "--recipe", "--tokens", "--length"}
     | {"--document-length", "--batch-size", "--accumulate", "--learning-rate", "--warmup-steps", "--save-every"}
-    | {"--log-every", "--seed", "--resume", "--eval-file", "--eval-every", "--eval-documents"},
+    | {"--log-every", "--seed", "--resume", "--eval-file", "--eval-every", "--eval-documents", "--mixture"},
     "convert": COMMON | {"--recipe", "--dtype", "--device", "--overwrite"},
     "generate": COMMON | MODEL | TEXTS | SAMPLING | {"--max-new-tokens", "--group-size"},
     "infill": COMMON | MODEL | TEXTS | SAMPLING | ORDER | {"--blank", "--length", "--special-tokens"},

@@ -33,8 +33,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of PEFT's files
 _NAME = "default"
 
-_open_rows: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("anyorder_open_rows", default=None)
-"""(N,) int64 numbers of the open rows in the flattened (B x R) rows of the running decoder layer; None: no row."""
+_open_rows: contextvars.ContextVar[Tensor | slice | None] = contextvars.ContextVar("anyorder_open_rows", default=None)
+"""(N,) int64 numbers of the open rows in the flattened (B x R) rows of the running decoder layer; None: no row; a
+slice: all rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _gated_linear() -> type[nn.Module]:
             for name in self.active_adapters:
                 down, up = self.lora_A[name], self.lora_B[name]
                 update = up(down(self.lora_dropout[name](opened.to(down.weight.dtype)))) * self.scaling[name]
-                flat = flat.index_add(0, rows, update.to(flat.dtype))
+                update = update.to(flat.dtype)
+                flat = flat + update if isinstance(rows, slice) else flat.index_add(0, rows, update)
             return flat.view(result.shape)
 
     return GatedLinear

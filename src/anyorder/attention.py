@@ -28,12 +28,15 @@ NAME = "anyorder"
 IMPLEMENTATIONS = ("sdpa", "flex_attention")
 
 MASK_ELEMENTS = 1 << 22
-"""Largest boolean mask, in elements, that one SDPA call is given; longer row ranges are cut into blocks, each of
-which reads only the keys up to its own highest interval."""
+"""Largest boolean mask, in elements, that one SDPA call is given."""
 
-ADDITIVE_ELEMENTS = 1 << 16
-"""Up to this size a mask is turned once a forward into the floats that SDPA's CPU kernel wants, instead of in every
-layer. Larger masks stay booleans."""
+BLOCK_ROWS = 128
+"""Rows of one SDPA call: each block reads only the keys between its lowest and its highest interval, so packed
+documents do not pay for each other, nor early tokens for late ones."""
+
+ADDITIVE_ELEMENTS = 1 << 20
+"""Up to this size a block's mask is turned once a forward into the floats that SDPA's CPU kernel wants, instead of in
+every layer. Larger masks stay booleans."""
 
 _UNSUPPORTED = ("s_aux", "position_bias", "sinks")
 
@@ -73,9 +76,13 @@ class Reads:
         self._block_masks: dict[int | None, Any] = {}
 
     @functools.cached_property
-    def open_rows(self) -> Tensor | None:
-        """(N,) int64 numbers of the rows with an open gate among the flattened rows, or None: there are none."""
-        numbers = self._rows.gates.flatten().nonzero()[:, 0]
+    def open_rows(self) -> Tensor | slice | None:
+        """(N,) int64 numbers of the rows with an open gate among the flattened rows; a slice of all; None: there are
+        none."""
+        gates = self._rows.gates.flatten()
+        if bool(gates.all()):
+            return slice(None)
+        numbers = gates.nonzero()[:, 0]
         return numbers.to(self._device) if len(numbers) else None
 
     def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +100,7 @@ class Reads:
         """
         if (window, repeats, dtype) not in self._plans:
             B, R = self._rows.lo.shape
-            size = max(1, MASK_ELEMENTS // (B * repeats * self.key_count))
+            size = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // (B * repeats * self.key_count)))
             self._plans[window, repeats, dtype] = [
                 self._block(slice(first, min(first + size, R)), window, repeats, dtype) for first in range(0, R, size)
             ]

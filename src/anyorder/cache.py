@@ -35,6 +35,9 @@ class KeyValueStore:
             slots: (B, C) int64 on the same device, the rank of each.
             start: the first slot, if every row of the batch stores exactly `start .. start + C - 1`; None if the
                 rows differ. A plain copy is several times cheaper than a scattered one.
+
+        Keys that gradients flow through are returned in copies of the buffers and not kept: training reads them once,
+        and gradient checkpointing appends them again.
         """
         if layer not in self._layers:
             B, heads, _, _ = key.shape
@@ -43,6 +46,8 @@ class KeyValueStore:
                 value.new_zeros(B, heads, self.capacity + 1, value.shape[-1]),
             )
         buffers = self._layers[layer]
+        if key.requires_grad or value.requires_grad:
+            buffers = (buffers[0].clone(), buffers[1].clone())
         for buffer, new in zip(buffers, (key, value), strict=True):
             if start is not None:
                 buffer[:, :, start : start + new.shape[2]] = new

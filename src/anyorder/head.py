@@ -6,6 +6,7 @@ Whatever a family does to its logits (caps, scales, biases) is done by its own c
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -48,14 +49,37 @@ def logits_of(causal_lm: PreTrainedModel, hidden: Tensor) -> Tensor:
 def negative_log_likelihoods(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """(N,) float32 cross-entropy of (N,) target ids, in nats; 0 where the target is -100.
 
-    Each chunk's logits are made again in the backward pass, so at most CHUNK x V floats are kept.
+    At most CHUNK x V floats exist at a time. With a frozen head the gradient of each loss by its own hidden state is
+    made together with the loss; otherwise each chunk's logits are made again in the backward pass.
     """
 
     def chunk(states: Tensor, ids: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits_of(causal_lm, states).float(), ids, reduction="none")
 
-    parts = [
-        checkpoint(chunk, states, ids, use_reentrant=False) if torch.is_grad_enabled() else chunk(states, ids)
-        for states, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    ]
-    return torch.cat(parts) if parts else hidden.sum() * hidden.new_zeros(0)
+    if not hidden.shape[0]:
+        return hidden.sum() * hidden.new_zeros(0)
+    pairs = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([chunk(states, ids) for states, ids in pairs])
+    head = cast(nn.Module, causal_lm.get_output_embeddings())
+    if hidden.requires_grad and not any(parameter.requires_grad for parameter in head.parameters()):
+        return torch.cat([cast(Tensor, _FrozenHeadLoss.apply(states, ids, chunk)) for states, ids in pairs])
+    return torch.cat([checkpoint(chunk, states, ids, use_reentrant=False) for states, ids in pairs])
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Each loss depends on its own hidden state alone, so its gradient needs no logits once it is made."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, ids: Tensor, losses: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            out = losses(states, ids)
+            (gradient,) = torch.autograd.grad(out.sum(), states)
+        ctx.save_for_backward(gradient)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0][:, None].to(gradient.dtype), None, None

@@ -56,6 +56,40 @@ class Rows:
     def count(self) -> int:
         return self.lo.shape[1]
 
+    @property
+    def frozen(self) -> Tensor:
+        """(B, R) bool: rows that no gated adapter can change: their gate is closed, as is that of every row whose
+        keys they read. For the rows of a whole parallel forward, whose content rows stand in the order of their ranks.
+        """
+        opened = torch.nn.functional.pad(self.gates[:, : self.content_count].cumsum(dim=1), (1, 0))
+        return ~self.gates & (opened.gather(1, self.hi) == opened.gather(1, self.lo))
+
+    def take(self, chosen: Tensor, spare: int) -> tuple[Rows, Tensor]:
+        """Some of the rows as a forward of their own, and (B, R) where in it a chosen row went.
+
+        Args:
+            chosen: (B, R) bool.
+            spare: the slot that takes what padding writes.
+        """
+        C = self.content_count
+        content, content_used, content_place = compact(chosen[:, :C])
+        query, query_used, query_place = compact(chosen[:, C:])
+        index, used = torch.cat([content, query + C], dim=1), torch.cat([content_used, query_used], dim=1)
+
+        def pick(values: Tensor, filler: int | bool) -> Tensor:
+            return torch.where(used, values.gather(1, index), filler)
+
+        rows = Rows(
+            seed_ids=pick(self.seed_ids, 0),
+            seeded=pick(self.seeded, True),
+            positions=pick(self.positions, 0),
+            lo=pick(self.lo, 0),
+            hi=pick(self.hi, 1),
+            gates=pick(self.gates, False),
+            slots=torch.where(content_used, self.slots.gather(1, content), spare),
+        )
+        return rows, torch.cat([content_place, content.shape[1] + query_place], dim=1)
+
 
 class Arrangement:
     """The tokens of a batch in generation order, filled as they become known.

@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     from anyorder.policies import Policy
 
 
+@dataclasses.dataclass
+class AnyOrderOutput(CausalLMOutput):
+    """What `AnyOrderForCausalLM.forward` returns."""
+
+    token_losses: Tensor | None = None
+
+
 class AnyOrderForCausalLM(PreTrainedModel):
     """A causal LM that predicts any group of tokens in any order.
 
@@ -48,6 +55,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
 
     config_class = AnyOrderConfig
     base_model_prefix = ""
+    accepts_loss_kwargs = True  # Trainer: `num_items_in_batch`
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -279,10 +287,34 @@ class AnyOrderForCausalLM(PreTrainedModel):
             hidden (N, E), and (B, T) bool where the N predictions belong, row by row.
         """
         layout = self.lay_out(input_ids, factorization)
-        hidden = self.hidden_rows(layout.rows, layout.key_positions)
         predicted = layout.logit_rows >= 0
         row, _ = predicted.nonzero(as_tuple=True)
-        return hidden[row.to(hidden.device), layout.logit_rows[predicted].to(hidden.device)], predicted
+        place = layout.logit_rows[predicted]
+        if torch.is_grad_enabled() and (self.config.adapter or {}).get("kind") == "gated":
+            hidden, where = self._frozen_rows_first(layout)
+            place = where[row, place]
+        else:
+            hidden = self.hidden_rows(layout.rows, layout.key_positions)
+        return hidden[row.to(hidden.device), place.to(hidden.device)], predicted
+
+    def _frozen_rows_first(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The rows in two forwards, for training: those that the adapter cannot change need no gradient.
+
+        Returns:
+            hidden states (B, R', E), and (B, R) which of them belongs to which row of the layout.
+        """
+        rows, spare = layout.rows, layout.logit_rows.shape[1]
+        frozen = rows.frozen
+        if not bool(frozen.any()) or bool(frozen.all()):
+            every = torch.arange(rows.count).expand(rows.lo.shape)
+            return self.hidden_rows(rows, layout.key_positions), every
+        first, first_place = rows.take(frozen, spare)
+        second, second_place = rows.take(~frozen, spare)
+        store = KeyValueStore(spare)
+        with torch.no_grad():
+            hidden = self.hidden_rows(first, layout.key_positions, store)
+        hidden = torch.cat([hidden, self.hidden_rows(second, layout.key_positions, store)], dim=1)
+        return hidden, torch.where(frozen, first_place, first.count + second_place)
 
     def lay_out(self, input_ids: Tensor, factorization: Factorization) -> Layout:
         """The rows of one parallel forward, after checking that ids and factorization fit the model."""
@@ -299,7 +331,8 @@ class AnyOrderForCausalLM(PreTrainedModel):
         factorization: Factorization | None = None,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
-    ) -> CausalLMOutput:
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> AnyOrderOutput:
         """Logits of every predicted token, in one forward.
 
         Args:
@@ -307,12 +340,14 @@ class AnyOrderForCausalLM(PreTrainedModel):
             factorization: of the same shape; None: left to right, one at a time, given the first token.
             labels: (B, T) int64, -100 is ignored; usually `input_ids`. Only predicted positions count.
             attention_mask: (B, T), without a factorization: 0 marks padding, on the right.
+            num_items_in_batch: what the sum of the losses is divided by, where a step is many forwards; None: the
+                number of labelled predicted positions (as Trainer expects).
 
         Returns:
             logits (B, T, V) in the model's dtype: row i predicts token i, unshifted; zeros at positions that are not
             predicted; None in training with labels, where they would be the largest tensor by far. loss: mean
             cross-entropy over the labelled predicted positions, in nats, float32 (0 if there are none); a mixture of
-            experts adds no router loss.
+            experts adds no router loss. token_losses: (B, T) float32 without gradient, 0 where nothing counts.
         """
         if factorization is None:
             factorization = left_to_right(input_ids, attention_mask)
@@ -322,17 +357,20 @@ class AnyOrderForCausalLM(PreTrainedModel):
             raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids has {tuple(input_ids.shape)}")
         hidden, predicted = self.predictions(input_ids, factorization)
         where = predicted.to(hidden.device)
-        loss = None
+        loss = token_losses = None
         if labels is not None:
             targets = labels.to(hidden.device)[where]
-            total = negative_log_likelihoods(self.causal_lm, hidden, targets).sum()
-            loss = total / (targets != -100).sum().clamp(min=1)
+            losses = negative_log_likelihoods(self.causal_lm, hidden, targets)
+            count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = losses.sum() / count
+            token_losses = losses.new_zeros(where.shape)
+            token_losses[where] = losses.detach()
             if self.training:
-                return CausalLMOutput(loss=loss)
+                return AnyOrderOutput(loss=loss, token_losses=token_losses)
         logits = self.head(hidden)
         out = logits.new_zeros(*where.shape, logits.shape[-1])
         out[where] = logits
-        return CausalLMOutput(loss=loss, logits=out)
+        return AnyOrderOutput(loss=loss, logits=out, token_losses=token_losses)
 
     def _probe(self, ids: Tensor, stride: int = 1) -> tuple[Tensor, list[tuple[int, int | None]]]:
         """(T, V) logits of left-to-right content rows, whatever the recipe, and every call of the attention function.

@@ -36,6 +36,8 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument("output", type=Path, help="directory for the run and its result")
     parser.add_argument("--train-file", type=Path, nargs="+", required=True, metavar="PATH",
                         help="texts: .jsonl, .json, .parquet (records with 'text'), .txt; also .gz")  # fmt: skip
+    parser.add_argument("--mixture", type=float, nargs="+", metavar="W",
+                        help="a weight for each training file; default: all texts are one source")  # fmt: skip
     parser.add_argument(
         "--eval-file", type=Path, nargs="+", default=[], metavar="PATH", help="texts for held-out loss in four regimes"
     )
@@ -73,15 +75,17 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     from anyorder.training.heldout import HeldOut
 
     curriculum = Curriculum.load(options.curriculum)
-    texts, held_out_texts = read_texts(options.train_file), read_texts(options.eval_file)
+    texts, held_out_texts = [read_texts([file]) for file in options.train_file], read_texts(options.eval_file)
+    if options.mixture is not None and len(options.mixture) != len(texts):
+        raise ValueError(f"--mixture has {len(options.mixture)} weights for {len(texts)} training files")
     checkpoint = _prepare(options)  # writes; so a mistake above leaves nothing behind
     model, tokenizer = _model(options, load)
     longest = min(options.document_length, options.length)
-    documents = tokenize(texts, tokenizer, longest)
+    sources = [tokenize(found, tokenizer, longest) for found in texts]
     held_out = tokenize(held_out_texts, tokenizer, longest)[: options.eval_documents]
     rows = options.batch_size * options.accumulate
     steps = max(1, options.tokens // (rows * options.length))
-    data = Sequences(documents, options.length, curriculum, steps * rows, options.seed)
+    data = Sequences(sources, options.length, curriculum, steps * rows, options.seed, options.mixture)
     trainer = _trainer(options, model, data, HeldOut(held_out) if held_out else None, steps)
     with _saved_when_interrupted(trainer) as state:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -163,6 +167,7 @@ def _trainer(
         eval_steps=options.eval_every,
         eval_on_start=held_out is not None,
         logging_steps=options.log_every,
+        include_num_input_tokens_seen="all",
         report_to="none",
         remove_unused_columns=False,
         disable_tqdm=not sys.stderr.isatty(),
@@ -200,7 +205,8 @@ def _write_curves(trainer: AnyOrderTrainer, file: Path) -> None:
     """One line a logged step; a column is empty where nothing was measured."""
     from anyorder.training.heldout import REGIMES
 
-    columns = ["step", "loss", "learning_rate", *(f"eval_{name}" for name in REGIMES)]
+    columns = ["step", "loss", *(f"loss_{name}" for name in trainer.train_dataset.curriculum.names)]
+    columns += ["num_input_tokens_seen", "tokens_per_second", "learning_rate", *(f"eval_{name}" for name in REGIMES)]
     steps: dict[int, dict[str, Any]] = {}
     for record in trainer.state.log_history:
         steps.setdefault(record["step"], {}).update(record)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,7 +35,13 @@ class Document:
 
 
 class Regime(ABC):
-    """A distribution over factorizations of a document; position 0 is always given."""
+    """A distribution over factorizations of a document; position 0 is always given.
+
+    Attributes:
+        name: as in YAML files and in logs.
+    """
+
+    name: ClassVar[str]
 
     @abstractmethod
     def draw(self, document: Document, generator: torch.Generator) -> Factorization:
@@ -46,6 +52,7 @@ class Regime(ABC):
 class LeftToRight(Regime):
     """Contiguous groups from left to right, of one of `group_sizes`, each as likely."""
 
+    name: ClassVar[str] = "left_to_right"
     group_sizes: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
@@ -59,6 +66,7 @@ class LeftToRight(Regime):
 class RandomGroups(Regime):
     """Groups of random positions; a random fraction of the document, up to `given_up_to`, is given."""
 
+    name: ClassVar[str] = "random_groups"
     group_sizes: tuple[int, ...] = (4,)
     given_up_to: float = 0.0
 
@@ -79,6 +87,7 @@ class RandomGroups(Regime):
 class Spans(Regime):
     """One to `blanks` spans of `lengths` tokens are blank; they are filled from left to right."""
 
+    name: ClassVar[str] = "spans"
     blanks: int = 3
     lengths: tuple[int, int] = (1, 16)
     group_sizes: tuple[int, ...] = (1,)
@@ -104,6 +113,7 @@ class Spans(Regime):
 class SentenceBlanks(Regime):
     """One to `blanks` whole sentences are blank; without known sentences, as `Spans`."""
 
+    name: ClassVar[str] = "sentence_blanks"
     blanks: int = 1
     group_sizes: tuple[int, ...] = (1,)
 
@@ -124,10 +134,7 @@ class SentenceBlanks(Regime):
 
 
 REGIMES: dict[str, type[Regime]] = {
-    "left_to_right": LeftToRight,
-    "random_groups": RandomGroups,
-    "spans": Spans,
-    "sentence_blanks": SentenceBlanks,
+    regime.name: regime for regime in (LeftToRight, RandomGroups, Spans, SentenceBlanks)
 }
 
 
@@ -173,8 +180,13 @@ class Curriculum:
                 return stage
         return self.stages[-1]
 
-    def draw(self, document: Document, progress: float, seed: Sequence[int | str]) -> Factorization:
-        """A factorization of a document; the same for the same arguments.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the kinds of regimes, each once."""
+        return tuple(dict.fromkeys(regime.name for stage in self.stages for regime in stage.regimes))
+
+    def draw(self, document: Document, progress: float, seed: Sequence[int | str]) -> tuple[Factorization, str]:
+        """A factorization of a document and the name of the regime it is from; the same for the same arguments.
 
         Args:
             document: at least `MIN_LENGTH` long.
@@ -184,7 +196,7 @@ class Curriculum:
         generator = seeded(seed)
         stage = self.stage(progress)
         index = int(torch.multinomial(torch.tensor(stage.weights, dtype=torch.float64), 1, generator=generator))
-        return stage.regimes[index].draw(document, generator)
+        return stage.regimes[index].draw(document, generator), stage.regimes[index].name
 
     @classmethod
     def load(cls, name: str) -> Curriculum:

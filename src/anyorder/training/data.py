@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from anyorder.factorization import ABSENT, Factorization
+from anyorder.factorization import Factorization
 from anyorder.pieces import Pieces
 from anyorder.training.curriculum import MIN_LENGTH, Curriculum, Document, seeded
 
@@ -96,35 +96,61 @@ def _first_token(offsets: list[int], mark: int, text: str) -> int:
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
-    """Training sequence number i, for i in 0..count-1.
+    """Training sequence number i, for i in 0..count-1: documents side by side, none of which reads another.
 
     Args:
-        documents: from `tokenize`.
-        length: columns of a row; short documents are packed side by side, none reads another.
+        sources: documents from `tokenize`, source by source.
+        length: tokens of a sequence at most.
         curriculum: draws a factorization for each document.
         count: sequences in the whole run; progress through the curriculum is i / count.
-        seed: of packing, order and factorizations.
+        seed: of packing, order, mixture and factorizations.
+        weights: one for each source: how often a sequence is drawn from it, whatever its size. A source that is used
+            up starts again in a new order. None: each as often as it has sequences.
+
+    Raises:
+        ValueError: if there is nothing to train on, a document does not fit, or the weights do not fit the sources.
     """
 
     def __init__(
-        self, documents: Sequence[TokenDocument], length: int, curriculum: Curriculum, count: int, seed: int = 0
+        self,
+        sources: Sequence[Sequence[TokenDocument]],
+        length: int,
+        curriculum: Curriculum,
+        count: int,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
     ):
+        self.length, self.curriculum, self.count, self.seed = length, curriculum, count, seed
+        if weights is None:
+            sources, weights = [[document for source in sources for document in source]], [1.0]
+        if len(weights) != len(sources) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"{len(sources)} sources need as many weights of at least 0, not all 0; got {weights}")
+        self.sources = [self._usable(source, length) for source in sources]
+        self.rows = [self._pack(number) for number in range(len(self.sources))]
+        shares = torch.tensor(weights, dtype=torch.float64)
+        self._source = torch.multinomial(shares, max(1, count), True, generator=seeded([seed, "mixture"]))
+        self._place = torch.zeros_like(self._source)
+        for number in range(len(self.sources)):
+            of_it = self._source == number
+            self._place[of_it] = torch.arange(int(of_it.sum()))
+        self._orders: dict[int, tuple[int, Tensor]] = {}
+
+    @staticmethod
+    def _usable(documents: Sequence[TokenDocument], length: int) -> list[TokenDocument]:
         usable = [document for document in documents if document.shape.length >= MIN_LENGTH]
         if not usable:
             raise ValueError("no document has two tokens or more: there is nothing to train on")
         longest = max(document.shape.length for document in usable)
         if longest > length:
             raise ValueError(f"a document has {longest} tokens, a row {length}: tokenize with max_length={length}")
-        self.documents, self.length, self.curriculum, self.count, self.seed = usable, length, curriculum, count, seed
-        self.rows = self._pack()
-        self._epoch = -1
+        return usable
 
-    def _pack(self) -> list[list[int]]:
-        """Documents in a shuffled order, filled into rows one after the other."""
+    def _pack(self, source: int) -> list[list[int]]:
+        """Documents of a source in a shuffled order, filled into rows one after the other."""
         rows: list[list[int]] = [[]]
-        room = self.length
-        for index in torch.randperm(len(self.documents), generator=seeded([self.seed, "pack"])).tolist():
-            size = self.documents[index].shape.length
+        room, documents = self.length, self.sources[source]
+        for index in torch.randperm(len(documents), generator=seeded([self.seed, "pack", source])).tolist():
+            size = documents[index].shape.length
             if size > room:
                 rows.append([])
                 room = self.length
@@ -135,17 +161,39 @@ class Sequences(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.count
 
+    def _chosen(self, i: int) -> list[TokenDocument]:
+        source = int(self._source[i])
+        epoch, place = divmod(int(self._place[i]), len(self.rows[source]))
+        if self._orders.get(source, (-1,))[0] != epoch:  # one shuffle an epoch, not one a sequence
+            generator = seeded([self.seed, "epoch", source, epoch])
+            self._orders[source] = epoch, torch.randperm(len(self.rows[source]), generator=generator)
+        row = int(self._orders[source][1][place])
+        return [self.sources[source][index] for index in self.rows[source][row]]
+
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        epoch, place = divmod(i, len(self.rows))
-        if epoch != self._epoch:  # one shuffle an epoch, not one a sequence
-            generator = seeded([self.seed, "epoch", epoch])
-            self._epoch, self._order = epoch, torch.randperm(len(self.rows), generator=generator)
-        chosen = [self.documents[index] for index in self.rows[int(self._order[place])]]
-        progress = i / max(1, self.count)
+        """input_ids, group_ids, document_ids and regime_ids (numbers in `curriculum.names`), each (length,) int64."""
+        chosen, progress = self._chosen(i), i / max(1, self.count)
         drawn = [self.curriculum.draw(document.shape, progress, [self.seed, i, d]) for d, document in enumerate(chosen)]
-        packed = Factorization.pack(drawn)
-        pad = (0, self.length - packed.length)
-        ids = torch.nn.functional.pad(torch.cat([document.ids for document in chosen]), pad)
-        groups = torch.nn.functional.pad(packed.group_ids[0], pad, value=ABSENT)
-        documents = torch.nn.functional.pad(packed.documents[0], pad, value=int(packed.documents[0, -1]))
-        return {"input_ids": ids, "group_ids": groups, "document_ids": documents}
+        packed = Factorization.pack([order for order, _ in drawn])
+        regimes = [torch.full((order.length,), self.curriculum.names.index(name)) for order, name in drawn]
+        return {
+            "input_ids": torch.cat([document.ids for document in chosen]),
+            "group_ids": packed.group_ids[0],
+            "document_ids": packed.documents[0],
+            "regime_ids": torch.cat(regimes),
+        }
+
+
+def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One row of all the documents of some sequences, without padding: every entry (1, tokens) int64.
+
+    `labels` are the ids at predicted positions and -100 elsewhere: what Trainer counts to weigh forwards and processes.
+    """
+    batch = {name: torch.cat([item[name] for item in items])[None] for name in items[0]}
+    documents, first = [], 0
+    for item in items:
+        documents.append(item["document_ids"] + first)
+        first = int(documents[-1].max()) + 1
+    batch["document_ids"] = torch.cat(documents)[None]
+    batch["labels"] = torch.where(batch["group_ids"] >= 0, batch["input_ids"], -100)
+    return batch

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerControl
@@ -13,12 +15,27 @@ from transformers import Trainer, TrainerControl
 from anyorder.adapters import WEIGHTS_FILE
 from anyorder.checkpoint import QUERY_FILE, read_weights
 from anyorder.factorization import Factorization
+from anyorder.training.data import Sequences, collate
 
 
 class AnyOrderTrainer(Trainer):
-    """Trains on `data.Sequences`, whose order is part of the data: a sequence is a function of its number."""
+    """Trains on `data.Sequences`, whose order is part of the data: a sequence is a function of its number.
+
+    Beside the loss it logs `loss_<regime>`, the mean over the tokens since the last log that were predicted under this
+    regime of the curriculum, and `tokens_per_second`.
+    """
 
     control: TrainerControl
+    train_dataset: Sequences
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, data_collator=collate, **kwargs)
+        self._regimes = self.train_dataset.curriculum.names
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        self._sums = torch.zeros(2, len(self._regimes), dtype=torch.float64)  # of losses, of predicted tokens
+        self._tokens, self._since = 0, time.monotonic()
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(cast(Sized, train_dataset if train_dataset is not None else self.train_dataset))
@@ -30,16 +47,37 @@ class AnyOrderTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean negative log-likelihood of the predicted tokens, in nats."""
+        """Mean negative log-likelihood, in nats, of the predicted tokens of the whole step."""
         order = Factorization(inputs["group_ids"].cpu(), inputs["document_ids"].cpu())
-        output = model(input_ids=inputs["input_ids"], factorization=order, labels=inputs["input_ids"])
-        return (output.loss, output) if return_outputs else output.loss
+        named = {"input_ids": inputs["input_ids"], "factorization": order, "labels": inputs["labels"]}
+        loss, output = super().compute_loss(model, named, True, num_items_in_batch)
+        self._count(inputs, output.token_losses)
+        return (loss, output) if return_outputs else loss
+
+    def _count(self, inputs: dict[str, Tensor], losses: Tensor) -> None:
+        predicted = inputs["labels"] != -100
+        regimes, kinds = inputs["regime_ids"][predicted].cpu(), len(self._regimes)
+        weights = losses[predicted].double().cpu()
+        self._sums += torch.stack([torch.bincount(regimes, weights, kinds), torch.bincount(regimes, None, kinds)])
+        self._tokens += predicted.numel()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the losses by regime and the speed beside a training loss."""
+        if "loss" in logs:
+            tokens = torch.tensor([float(self._tokens)], dtype=torch.float64)
+            sums, tokens = self.accelerator.reduce([self._sums.to(self.args.device), tokens.to(self.args.device)])
+            for name, total, count in zip(self._regimes, *sums.tolist(), strict=True):
+                if count:
+                    logs[f"loss_{name}"] = total / count
+            logs["tokens_per_second"] = tokens.item() / (time.monotonic() - self._since)
+            self._start_counting()
+        super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Held-out nats per token in four regimes, and their mean as the loss. The data set is a `HeldOut`."""
-        held_out = eval_dataset if eval_dataset is not None else self.eval_dataset
+        held_out, started = eval_dataset if eval_dataset is not None else self.eval_dataset, time.monotonic()
         training = self.model.training
         self.model.eval()
         losses = held_out.losses(self.model)
@@ -48,6 +86,7 @@ class AnyOrderTrainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = sum(losses.values()) / len(losses)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._since += time.monotonic() - started  # not training
         return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -1,0 +1,119 @@
+"""`anyorder adapt`: its golden trajectory, what it leaves behind, interruptions and mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+pytest.importorskip("peft", reason="training needs the train extra")
+pytest.importorskip("datasets", reason="training needs the train extra")
+
+from anyorder.training.data import tokenize
+from anyorder.training.heldout import REGIMES, HeldOut
+
+
+@pytest.fixture
+def stories(tmp_path):
+    file = tmp_path / "stories.jsonl"
+    words = ("a b", "ab c", "b b a", "c ab a")
+    texts = [". ".join(words[(i + k) % 4] for k in range(4)) + "." for i in range(12)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+def adapt(checkpoint, stories, output, *more):
+    from anyorder.cli import main
+
+    return main([
+        "adapt", str(checkpoint), str(output), "--train-file", str(stories), "--tokens", str(30 * 2 * 32),
+        "--length", "32", "--document-length", "32", "--batch-size", "2", "--rank", "4", "--learning-rate", "1e-2",
+        "--log-every", "1", "--save-every", "10", "--dtype", "float32", "--warmup-steps", "2", *map(str, more),
+    ])  # fmt: skip
+
+
+def curve(output, column="loss"):
+    with (output / "curves.csv").open() as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+
+
+GOLDEN = [5.1806, 5.2051, 4.4582]  # first, sixth, thirtieth step
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapt_follows_its_golden_trajectory_and_saves_a_model_that_infills(checkpoint, stories, tmp_path):
+    from anyorder import Infiller, load
+
+    output = tmp_path / "run"
+    assert adapt(checkpoint, stories, output) == 0
+    curve_ = curve(output)
+    assert len(curve_) == 30
+    assert [curve_[0], curve_[5], curve_[29]] == pytest.approx(GOLDEN, abs=0.02)
+    assert curve(output, "eval_random_1") == []
+    assert curve(output, "num_input_tokens_seen")[-1] == 1005
+    model, tokenizer = load(str(output))
+    assert model.config.adapter["kind"] == "gated"
+    assert Infiller(model, tokenizer)("a ___ b", length=2).text.startswith("a ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_held_out_loss_is_measured_in_four_regimes(checkpoint, stories, tmp_path):
+    from anyorder import load
+
+    assert adapt(checkpoint, stories, tmp_path / "run", "--eval-file", stories, "--eval-every", 15) == 0
+    curves = {name: curve(tmp_path / "run", f"eval_{name}") for name in REGIMES}
+    assert {len(values) for values in curves.values()} == {3}  # at the start, after 15 steps, after 30
+    assert len(set(curves["left_to_right_1"])) == 1  # gated: the base model's, whatever was trained
+    for name in ("left_to_right_4", "random_1", "random_4"):
+        assert curves[name][-1] < curves[name][0]
+    model, tokenizer = load(str(tmp_path / "run"))
+    texts = [json.loads(line)["text"] for line in stories.read_text().splitlines()]
+    held_out = HeldOut(tokenize(texts, tokenizer, 32))
+    assert len(held_out) == 12
+    assert held_out.losses(model) == pytest.approx({name: values[-1] for name, values in curves.items()}, abs=1e-4)
+    with pytest.raises(ValueError, match="no documents to measure on"):
+        HeldOut([])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ctrl_c_saves_and_resume_goes_on_as_if_nothing_had_happened(checkpoint, stories, tmp_path, capsys, monkeypatch):
+    import os
+    import signal
+
+    from anyorder.training.trainer import AnyOrderTrainer
+
+    assert adapt(checkpoint, stories, tmp_path / "whole") == 0
+    step = AnyOrderTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(AnyOrderTrainer, "training_step", interrupted)
+    output = tmp_path / "cut"
+    assert adapt(checkpoint, stories, output) == 130
+    assert "saved at step 14 of 30; go on with the same command and --resume" in capsys.readouterr().err
+    assert not (output / "adapter_model.safetensors").exists()
+    monkeypatch.setattr(AnyOrderTrainer, "training_step", step)
+    assert adapt(checkpoint, stories, output, "--rank", 8, "--resume") == 2
+    assert "has --rank 4, not 8: use the same" in capsys.readouterr().err
+    assert adapt(checkpoint, stories, output) == 2
+    assert "is not empty: add --resume" in capsys.readouterr().err
+    assert adapt(checkpoint, stories, output, "--resume") == 0
+    assert curve(output) == curve(tmp_path / "whole")
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert one == two
+
+
+def test_adapt_tells_mistakes_in_one_line(checkpoint, stories, tmp_path, capsys):
+    for number, (more, message) in enumerate((
+        (["--curriculum", "magic"], "no curriculum 'magic'"),
+        (["--train-file", "none.jsonl"], "no such file: none.jsonl"),
+        (["--resume"], "nothing to resume"),
+        (["--mixture", "1", "2"], "--mixture has 2 weights for 1 training files"),
+    )):  # fmt: skip
+        assert adapt(checkpoint, stories, tmp_path / str(number), *more) == 2
+        assert not (tmp_path / str(number)).exists()
+        assert message in capsys.readouterr().err.splitlines()[-1]

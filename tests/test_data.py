@@ -1,0 +1,110 @@
+"""Text files become sequences that are functions of their numbers; nothing is lost."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from anyorder import Factorization
+from anyorder.training.curriculum import BUILT_IN
+
+pytest.importorskip("peft", reason="training needs the train extra")
+pytest.importorskip("datasets", reason="training needs the train extra")
+
+from anyorder.training.data import Sequences, collate, read_texts, tokenize
+from training_data import documents
+
+
+def test_texts_are_read_from_every_kind_of_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "three"}) + "\n" + json.dumps({"text": " "}) + "\n")
+    assert read_texts([tmp_path / "a.txt", tmp_path / "b.jsonl.gz"]) == ["one\n\ntwo", "three"]
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.jsonl").write_text("{not json")
+    (tmp_path / "other.jsonl").write_text('{"x": 1}\n')
+    for name, message in (
+        ("none.txt", "no such file"),
+        ("a.pdf", "unknown kind of file"),
+        ("empty.txt", "cannot be read|holds no text"),
+        ("bad.jsonl", "cannot be read as json"),
+        ("other.jsonl", "no column 'text' but x"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}.*({message})|({message}).*{name}"):
+            read_texts([tmp_path / name])
+
+
+def test_long_texts_are_cut_at_sentences_and_nothing_is_lost(byte_tokenizer):
+    text = "One two. Three four! Five? " + "x" * 50 + ". Last one."
+    documents = tokenize([text, ""], byte_tokenizer, 24)
+    pieces = [byte_tokenizer.decode(d.ids[1:].tolist()) for d in documents]
+    assert "".join(pieces) == text
+    assert max(d.shape.length for d in documents) <= 24
+    assert pieces[0] == "One two. Three four!"
+    starts = [pieces[0][s - 1 :] for s in documents[0].shape.sentence_starts]
+    assert starts == ["One two. Three four!", " Three four!"]
+    assert all(int(d.ids[0]) == byte_tokenizer.bos_token_id for d in documents)
+
+
+def test_every_document_is_seen_once_an_epoch():
+    docs = documents()
+    data = Sequences([docs], 16, BUILT_IN["exact"], count=100)
+    assert sorted(i for row in data.rows[0] for i in row) == list(range(30))
+    for epoch in (0, 1):
+        seen = []
+        for i in range(epoch * len(data.rows[0]), (epoch + 1) * len(data.rows[0])):
+            item = data[i]
+            f = Factorization(item["group_ids"][None], item["document_ids"][None])
+            for d in range(int(f.documents.max()) + 1):
+                here = (f.documents[0] == d) & f.is_present[0]
+                seen.append(tuple(item["input_ids"][here].tolist()))
+        assert sorted(seen) == sorted(tuple(d.ids.tolist()) for d in docs)
+
+
+def test_a_sequence_is_a_function_of_its_number():
+    a, b = (Sequences([documents()], 16, BUILT_IN["exact"], count=100, seed=3) for _ in range(2))
+    for i in (99, 5, 40):
+        assert all(torch.equal(a[i][key], b[i][key]) for key in a[i])
+    other = Sequences([documents()], 16, BUILT_IN["exact"], count=100, seed=4)
+    assert any(not torch.equal(a[i]["group_ids"], other[i]["group_ids"]) for i in range(5))
+
+
+def test_a_mixture_draws_each_source_as_often_as_it_weighs():
+    one, two = documents(), documents(5)
+    for number, document in enumerate(two):
+        document.ids[0] = number - 9  # to be told apart
+    data = Sequences([one, two], 16, BUILT_IN["exact"], count=600, weights=[1, 3])
+    from_two = [bool((data[i]["input_ids"] < 0).any()) for i in range(600)]
+    assert 410 < sum(from_two) < 490
+    seen = [tuple(ids.tolist()) for i in range(600) if from_two[i] for ids in _documents(data[i])]
+    counts = [seen.count(tuple(document.ids.tolist())) for document in two]
+    assert max(counts) - min(counts) <= 1
+    again = Sequences([one, two], 16, BUILT_IN["exact"], count=600, weights=[1, 3])
+    assert all(torch.equal(again[i]["input_ids"], data[i]["input_ids"]) for i in (599, 0, 300))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0]])
+def test_weights_that_do_not_fit_are_an_error(weights):
+    with pytest.raises(ValueError, match="2 sources need as many weights of at least 0, not all 0; got"):
+        Sequences([documents(), documents()], 16, BUILT_IN["exact"], count=10, weights=weights)
+
+
+def test_collate_keeps_documents_apart_and_marks_what_is_predicted():
+    items = [Sequences([documents()], 16, BUILT_IN["exact"], count=10)[i] for i in range(4)]
+    batch = collate(items)
+    assert {value.shape for value in batch.values()} == {(1, sum(len(item["input_ids"]) for item in items))}
+    numbers = batch["document_ids"][0]
+    assert torch.equal(numbers.unique(), torch.arange(sum(int(item["document_ids"].max()) + 1 for item in items)))
+    assert torch.equal(batch["labels"] != -100, Factorization(batch["group_ids"], batch["document_ids"]).is_predicted)
+    apart = [ids for item in items for ids in _documents(item)]
+    assert all(torch.equal(a, b) for a, b in zip(apart, _documents({k: v[0] for k, v in batch.items()}), strict=True))
+
+
+def _documents(item):
+    return [item["input_ids"][item["document_ids"] == d] for d in range(int(item["document_ids"].max()) + 1)]
