@@ -35,7 +35,7 @@ def adapt(checkpoint, stories, output, *more):
 
 def curve(output, column="loss"):
     with (output / "curves.csv").open() as file:
-        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+        return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
 
 
 GOLDEN = [5.1806, 5.2051, 4.4582]  # first, sixth, thirtieth step

@@ -30,7 +30,7 @@ LAYERS = [
     ["scoring", "decoding"],
     ["infilling"],
     ["training.curriculum"],
-    ["training.data"],
+    ["training.data", "training.curves", "training.checkpoints"],
     ["training.trainer", "training.heldout"],
     ["training", "training.adapt"],
     ["cli.options"],
@@ -114,7 +114,16 @@ OPTIONS = {
     "adapt": COMMON
     | {"--dtype", "--device", "--train-file", "--curriculum", "--adapter", "--rank", "--recipe", "--tokens", "--length"}
     | {"--document-length", "--batch-size", "--accumulate", "--learning-rate", "--warmup-steps", "--save-every"}
-    | {"--log-every", "--seed", "--resume", "--eval-file", "--eval-every", "--eval-documents", "--mixture"},
+    | {
+        "--log-every",
+        "--seed",
+        "--resume",
+        "--eval-file",
+        "--eval-every",
+        "--eval-documents",
+        "--mixture",
+        "--training",
+    },
     "convert": COMMON | {"--recipe", "--dtype", "--device", "--overwrite"},
     "generate": COMMON | MODEL | TEXTS | SAMPLING | {"--max-new-tokens", "--group-size"},
     "infill": COMMON | MODEL | TEXTS | SAMPLING | ORDER | {"--blank", "--length", "--special-tokens"},

@@ -127,7 +127,8 @@ def _gated_linear() -> type[nn.Module]:
             if rows is None or self.disable_adapters:
                 return result
             flat = result.flatten(0, -2)
-            opened = x.flatten(0, -2)[rows]
+            opened = x.flatten(0, -2)
+            opened = opened if isinstance(rows, slice) else opened.index_select(0, rows)
             for name in self.active_adapters:
                 down, up = self.lora_A[name], self.lora_B[name]
                 update = up(down(self.lora_dropout[name](opened.to(down.weight.dtype)))) * self.scaling[name]

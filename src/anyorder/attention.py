@@ -30,7 +30,7 @@ IMPLEMENTATIONS = ("sdpa", "flex_attention")
 MASK_ELEMENTS = 1 << 22
 """Largest boolean mask, in elements, that one SDPA call is given."""
 
-BLOCK_ROWS = 128
+BLOCK_ROWS = 64
 """Rows of one SDPA call: each block reads only the keys between its lowest and its highest interval, so packed
 documents do not pay for each other, nor early tokens for late ones."""
 
@@ -101,8 +101,11 @@ class Reads:
         if (window, repeats, dtype) not in self._plans:
             B, R = self._rows.lo.shape
             size = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // (B * repeats * self.key_count)))
+            C = self.content_count  # a block of the last content and the first queries would read everything
             self._plans[window, repeats, dtype] = [
-                self._block(slice(first, min(first + size, R)), window, repeats, dtype) for first in range(0, R, size)
+                self._block(slice(first, min(first + size, end)), window, repeats, dtype)
+                for begin, end in ((0, C), (C, R))
+                for first in range(begin, end, size)
             ]
         return self._plans[window, repeats, dtype]
 

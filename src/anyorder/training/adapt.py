@@ -1,7 +1,8 @@
 """`anyorder adapt`: from a model and text files to an adapted model, in one command that can be cut and resumed.
 
 OUTPUT/                the adapted model, written when the run is complete
-OUTPUT/curves.csv      loss, learning rate and held-out losses by step
+OUTPUT/curves.csv      losses by regime, held-out losses, learning rate and speed, by step
+OUTPUT/curves.png      the same as a picture
 OUTPUT/checkpoints/    to resume from
 OUTPUT/run.json        the options of the run; --resume needs the same
 """
@@ -9,7 +10,6 @@ OUTPUT/run.json        the options of the run; --resume needs the same
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import signal
 import sys
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from anyorder.options import check_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from anyorder.training.trainer import AnyOrderTrainer
 
 LEARNING_RATES = {"none": 1e-4, "lora": 1e-3, "gated": 1e-3}
+_OPEN = {"bf16", "weight_decay", "adam_beta2", "lr_scheduler_type", "save_total_limit", "report_to"}
+"""Settings with a default of ours that --training may change."""
+
 _NOT_OF_THE_RUN = {"run", "command", "debug", "json", "resume", "output", "device", "save_every", "log_every"}
 
 
@@ -59,6 +64,9 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument("--warmup-steps", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--save-every", type=positive, default=100, metavar="N", help="steps; default: 100")
     parser.add_argument("--log-every", type=positive, default=10, metavar="N", help="steps; default: 10")
+    parser.add_argument("--training", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="further fields of transformers.TrainingArguments: gradient_checkpointing=true, "
+                             "report_to=tensorboard, torch_compile=true, deepspeed=zero3.json, ...")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT")
 
@@ -87,9 +95,8 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     steps = max(1, options.tokens // (rows * options.length))
     data = Sequences(sources, options.length, curriculum, steps * rows, options.seed, options.mixture)
     trainer = _trainer(options, model, data, HeldOut(held_out) if held_out else None, steps)
-    with _saved_when_interrupted(trainer) as state:
+    with _saved_when_interrupted(trainer) as state, _drawn_at_the_end(trainer, options):
         trainer.train(resume_from_checkpoint=checkpoint)
-    _write_curves(trainer, options.output / "curves.csv")
     if state["interrupted"]:
         print(f"saved at step {trainer.state.global_step} of {steps}; go on with the same command and --resume",
               file=sys.stderr)  # fmt: skip
@@ -119,13 +126,13 @@ def _prepare(options: argparse.Namespace) -> str | None:
         if before.get(name) != value:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"the run in {options.output} has {option} {before.get(name)}, not {value}: use the same")
-    from transformers.trainer_utils import get_last_checkpoint
+    from anyorder.training import checkpoints
 
-    folder = options.output / "checkpoints"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
+    found = checkpoints.complete(options.output / "checkpoints")
+    if not found:
         print("no checkpoint yet: starting from the beginning", file=sys.stderr)
-    return found
+        return None
+    return str(found[-1])
 
 
 def _model(
@@ -149,7 +156,7 @@ def _trainer(
     from anyorder.training.trainer import AnyOrderTrainer
 
     rate = options.learning_rate if options.learning_rate is not None else LEARNING_RATES[options.adapter]
-    arguments = TrainingArguments(
+    settings: dict[str, Any] = dict(
         output_dir=str(options.output / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
@@ -171,8 +178,11 @@ def _trainer(
         report_to="none",
         remove_unused_columns=False,
         disable_tqdm=not sys.stderr.isatty(),
+        metric_for_best_model=None if held_out is None else "loss",
+        greater_is_better=False,
         seed=options.seed,
     )
+    arguments = TrainingArguments(**settings | _training_arguments(options.training, settings))
     return AnyOrderTrainer(model=model, args=arguments, train_dataset=data, eval_dataset=held_out)
 
 
@@ -201,16 +211,42 @@ def _saved_when_interrupted(trainer: AnyOrderTrainer) -> Iterator[dict[str, bool
         signal.signal(signal.SIGINT, previous)
 
 
-def _write_curves(trainer: AnyOrderTrainer, file: Path) -> None:
-    """One line a logged step; a column is empty where nothing was measured."""
-    from anyorder.training.heldout import REGIMES
+@contextmanager
+def _drawn_at_the_end(trainer: AnyOrderTrainer, options: argparse.Namespace) -> Iterator[None]:
+    """Curves are written at every checkpoint and however the run ends."""
+    from transformers import TrainerCallback
 
-    columns = ["step", "loss", *(f"loss_{name}" for name in trainer.train_dataset.curriculum.names)]
-    columns += ["num_input_tokens_seen", "tokens_per_second", "learning_rate", *(f"eval_{name}" for name in REGIMES)]
-    steps: dict[int, dict[str, Any]] = {}
-    for record in trainer.state.log_history:
-        steps.setdefault(record["step"], {}).update(record)
-    with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, columns, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(record for _, record in sorted(steps.items()) if record.keys() & set(columns[1:]))
+    from anyorder.training import curves
+
+    def draw() -> None:
+        history = trainer.state.log_history
+        if trainer.is_world_process_zero() and curves.rows(history):
+            curves.write_csv(history, options.output / "curves.csv")
+            curves.plot(history, options.output / "curves.png", f"{options.model}, {options.curriculum}")
+
+    class Draw(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            draw()
+
+    trainer.add_callback(Draw())
+    try:
+        yield
+    finally:
+        draw()
+
+
+def _training_arguments(pairs: list[str], ours: dict[str, Any]) -> dict[str, Any]:
+    """`name=value` pairs, values in YAML, for what TrainingArguments has and the command has no option for."""
+    import yaml
+    from transformers import TrainingArguments
+
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--training takes NAME=VALUE, got {pair!r}")
+        if name in ours and name not in _OPEN:
+            raise ValueError(f"--training {name}: {name} follows from the other options of adapt")
+        check_options([name], TrainingArguments)
+        values[name] = yaml.safe_load(value)
+    return values

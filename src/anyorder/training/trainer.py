@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerControl
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from anyorder.adapters import WEIGHTS_FILE
 from anyorder.checkpoint import QUERY_FILE, read_weights
 from anyorder.factorization import Factorization
+from anyorder.training import checkpoints
 from anyorder.training.data import Sequences, collate
 
 
@@ -30,6 +33,9 @@ class AnyOrderTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, data_collator=collate, **kwargs)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LiveProgress)
         self._regimes = self.train_dataset.curriculum.names
         self._start_counting()
 
@@ -89,10 +95,47 @@ class AnyOrderTrainer(Trainer):
         self._since += time.monotonic() - started  # not training
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """The best so far is saved wherever it is measured."""
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= best and self.state.global_step > 0
+        return best
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial))
+        with checkpoints.writing(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = self.model if model is None else model
-        if model.config.adapter is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model, directory = self.model if model is None else model, Path(resume_from_checkpoint)
+        with checkpoints.reading(directory):
+            if model.config.adapter is None:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                read_weights(model, directory / WEIGHTS_FILE, directory / QUERY_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with checkpoints.reading(Path(checkpoint)):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with checkpoints.reading(Path(checkpoint)):
+                super()._load_rng_state(checkpoint)
+
+
+class LiveProgress(ProgressCallback):
+    """One bar that shows the newest losses by regime and the speed, in place of a printed record at every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show what a training log holds; held-out losses get a line of their own."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
-        directory = Path(resume_from_checkpoint)
-        read_weights(model, directory / WEIGHTS_FILE, directory / QUERY_FILE)
+        shown = {name.removeprefix("loss_"): f"{value:.3f}" for name, value in logs.items() if name.startswith("loss")}
+        if shown:
+            shown["tokens/s"] = f"{logs['tokens_per_second']:.0f}"
+            self.training_bar.set_postfix(shown)
+        elif "eval_loss" in logs:
+            losses = ", ".join(f"{n.removeprefix('eval_')} {v:.3f}" for n, v in logs.items() if n.count("_") > 1)
+            self.training_bar.write(f"step {state.global_step}, held out: {losses}")
