@@ -117,3 +117,32 @@ def test_adapt_tells_mistakes_in_one_line(checkpoint, stories, tmp_path, capsys)
         assert adapt(checkpoint, stories, tmp_path / str(number), *more) == 2
         assert not (tmp_path / str(number)).exists()
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_curves_are_a_table_and_a_picture(checkpoint, stories, tmp_path):
+    output = tmp_path / "run"
+    assert adapt(checkpoint, stories, output, "--eval-file", stories, "--eval-every", 15) == 0
+    names = (output / "curves.csv").read_text().splitlines()[0].split(",")
+    assert {"step", "loss", "loss_spans", "eval_random_4", "tokens_per_second", "learning_rate"} <= set(names)
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(output.glob("*.part"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_further_training_arguments_reach_the_trainer(checkpoint, stories, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    assert adapt(checkpoint, stories, whole) == 0
+    more = ("--training", "gradient_checkpointing=true", "max_grad_norm=0.001")
+    assert adapt(checkpoint, stories, tmp_path / "clipped", *more) == 0
+    assert curve(tmp_path / "clipped")[0] == pytest.approx(curve(whole)[0], abs=1e-4)
+    assert curve(tmp_path / "clipped", "learning_rate") == curve(whole, "learning_rate")
+    assert curve(tmp_path / "clipped")[-1] != pytest.approx(curve(whole)[-1], abs=1e-4)
+    for pair, message in (
+        ("gradient_checkpoint=true", "did you mean 'gradient_checkpointing'?"),
+        ("max_steps=3", "max_steps follows from the other options"),
+        ("fast", "--training takes NAME=VALUE, got 'fast'"),
+    ):
+        assert adapt(checkpoint, stories, tmp_path / "mistaken", "--training", pair) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "mistaken").exists()

@@ -29,8 +29,12 @@ if TYPE_CHECKING:
     from anyorder.training.trainer import AnyOrderTrainer
 
 LEARNING_RATES = {"none": 1e-4, "lora": 1e-3, "gated": 1e-3}
-_OPEN = {"bf16", "weight_decay", "adam_beta2", "lr_scheduler_type", "save_total_limit", "report_to"}
-"""Settings with a default of ours that --training may change."""
+_FIXED = {
+    "output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "warmup_steps", "use_cpu", "save_steps", "eval_strategy", "eval_steps", "eval_on_start", "logging_steps",
+    "include_num_input_tokens_seen", "remove_unused_columns", "metric_for_best_model", "greater_is_better", "seed",
+}  # fmt: skip
+"""Training arguments that follow from the command's own options, so that --training may not change them."""
 
 _NOT_OF_THE_RUN = {"run", "command", "debug", "json", "resume", "output", "device", "save_every", "log_every"}
 
@@ -86,6 +90,7 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     texts, held_out_texts = [read_texts([file]) for file in options.train_file], read_texts(options.eval_file)
     if options.mixture is not None and len(options.mixture) != len(texts):
         raise ValueError(f"--mixture has {len(options.mixture)} weights for {len(texts)} training files")
+    further = _training_arguments(options.training)
     checkpoint = _prepare(options)  # writes; so a mistake above leaves nothing behind
     model, tokenizer = _model(options, load)
     longest = min(options.document_length, options.length)
@@ -94,7 +99,7 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     rows = options.batch_size * options.accumulate
     steps = max(1, options.tokens // (rows * options.length))
     data = Sequences(sources, options.length, curriculum, steps * rows, options.seed, options.mixture)
-    trainer = _trainer(options, model, data, HeldOut(held_out) if held_out else None, steps)
+    trainer = _trainer(options, model, data, HeldOut(held_out) if held_out else None, steps, further)
     with _saved_when_interrupted(trainer) as state, _drawn_at_the_end(trainer, options):
         trainer.train(resume_from_checkpoint=checkpoint)
     if state["interrupted"]:
@@ -149,7 +154,12 @@ def _model(
 
 
 def _trainer(
-    options: argparse.Namespace, model: AnyOrderForCausalLM, data: Any, held_out: Any, steps: int
+    options: argparse.Namespace,
+    model: AnyOrderForCausalLM,
+    data: Any,
+    held_out: Any,
+    steps: int,
+    further: dict[str, Any],
 ) -> AnyOrderTrainer:
     from transformers import TrainingArguments
 
@@ -182,7 +192,8 @@ def _trainer(
         greater_is_better=False,
         seed=options.seed,
     )
-    arguments = TrainingArguments(**settings | _training_arguments(options.training, settings))
+    assert settings.keys() >= _FIXED
+    arguments = TrainingArguments(**settings | further)
     return AnyOrderTrainer(model=model, args=arguments, train_dataset=data, eval_dataset=held_out)
 
 
@@ -235,7 +246,7 @@ def _drawn_at_the_end(trainer: AnyOrderTrainer, options: argparse.Namespace) -> 
         draw()
 
 
-def _training_arguments(pairs: list[str], ours: dict[str, Any]) -> dict[str, Any]:
+def _training_arguments(pairs: list[str]) -> dict[str, Any]:
     """`name=value` pairs, values in YAML, for what TrainingArguments has and the command has no option for."""
     import yaml
     from transformers import TrainingArguments
@@ -245,7 +256,7 @@ def _training_arguments(pairs: list[str], ours: dict[str, Any]) -> dict[str, Any
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--training takes NAME=VALUE, got {pair!r}")
-        if name in ours and name not in _OPEN:
+        if name in _FIXED:
             raise ValueError(f"--training {name}: {name} follows from the other options of adapt")
         check_options([name], TrainingArguments)
         values[name] = yaml.safe_load(value)
