@@ -80,10 +80,10 @@ REFUSED: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
 }  # fmt: skip
 
 
-def base_model(architecture: str, vocabulary: int = VOCABULARY, seed: int = 0) -> PreTrainedModel:
+def base_model(architecture: str, vocabulary: int = VOCABULARY, seed: int = 0, **sizes: int) -> PreTrainedModel:
     """A fresh random base model in evaluation mode, with weights large enough for its logits to differ."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture](vocab_size=vocabulary))
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture](vocab_size=vocabulary, **sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)

@@ -146,3 +146,19 @@ def test_further_training_arguments_reach_the_trainer(checkpoint, stories, tmp_p
         assert adapt(checkpoint, stories, tmp_path / "mistaken", "--training", pair) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert not (tmp_path / "mistaken").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["gated", "none"])
+def test_an_adapted_model_is_trained_on(kind, checkpoint, stories, tmp_path, capsys):
+    rate = ("--adapter", kind, "--learning-rate", "3e-3")
+    assert adapt(checkpoint, stories, tmp_path / "first", *rate) == 0
+    assert adapt(tmp_path / "first", stories, tmp_path / "second", *rate, "--dtype", "bfloat16") == 0
+    first, second = curve(tmp_path / "first"), curve(tmp_path / "second")
+    assert sum(second[:5]) < sum(first[:5])
+    assert adapt(tmp_path / "first", stories, tmp_path / "third", "--adapter", "lora") == 2
+    assert "start from its base" in capsys.readouterr().err.splitlines()[-1]
+    if kind == "gated":
+        assert adapt(tmp_path / "first", stories, tmp_path / "fourth", "--rank", "8") == 2
+        message = "has a gated adapter of rank 4, not a gated one of rank 8: use the same, or start from its base"
+        assert message in capsys.readouterr().err

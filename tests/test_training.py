@@ -15,6 +15,7 @@ from anyorder.training.curriculum import (
     RandomGroups,
     SentenceBlanks,
     Stage,
+    seeded,
 )
 from architectures import VOCABULARY, base_model, converted
 
@@ -91,10 +92,10 @@ def losses(run):
     return [record["loss"] for record in run.state.log_history if "loss" in record]
 
 
-def fresh(adapter, architecture="llama", rank=8):
+def fresh(adapter, architecture="llama", rank=8, **sizes):
     kinds = {"full": None, "lora": Adapter("lora", rank), "gated": Adapter("gated", rank)}
     torch.manual_seed(0)
-    return AnyOrderForCausalLM.from_causal_lm(base_model(architecture), adapter=kinds[adapter])
+    return AnyOrderForCausalLM.from_causal_lm(base_model(architecture, **sizes), adapter=kinds[adapter])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -110,18 +111,25 @@ def test_interrupted_and_resumed_is_uninterrupted(adapter, tmp_path):
         assert torch.equal(a, b), name
 
 
+class OneOrder(RandomGroups):
+    """Every sentence in a random order of its own, the same at every visit: so that it can be learned by heart."""
+
+    def draw(self, document, generator):
+        return super().draw(document, seeded([document.length]))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("adapter", ["full", "lora", "gated"])
 def test_ten_sentences_are_learned_by_heart_in_random_order(adapter, tmp_path):
-    """Which of the ten it is costs log(10) nats a sentence, 0.1 a token; the rest can be known."""
     g = torch.Generator().manual_seed(1)
-    ten = [TokenDocument(torch.randint(3, VOCABULARY, (24,), generator=g), Document(24, (1,))) for _ in range(10)]
+    ten = [TokenDocument(torch.randint(3, VOCABULARY, (n,), generator=g), Document(n, (1,))) for n in range(12, 22)]
+    by_heart = Curriculum((Stage((OneOrder((1,)),), (1.0,)),))
     run = trainer(
-        tmp_path, fresh(adapter, rank=16), 250, documents=ten, length=240, per_device_train_batch_size=1,
-        learning_rate={"full": 1e-2, "lora": 2e-2, "gated": 2e-2}[adapter], save_strategy="no",
+        tmp_path, fresh(adapter, rank=32, hidden_size=64, head_dim=16), 150, by_heart, documents=ten, length=170,
+        per_device_train_batch_size=1, learning_rate=3e-3 if adapter == "full" else 6e-3, save_strategy="no",
     )  # fmt: skip
     run.train()
-    assert sum(losses(run)[-10:]) / 10 < 0.3
+    assert max(losses(run)[-5:]) < 0.3
 
 
 @pytest.mark.filterwarnings("ignore")

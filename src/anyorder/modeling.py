@@ -138,12 +138,15 @@ class AnyOrderForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> AnyOrderForCausalLM:
-        """Load a converted model from a directory or the hub; safetensors only.
+        """Load a converted model by its built-in name, from a directory or from the hub; safetensors only.
 
         Raises:
             ValueError: if the checkpoint is not a converted model, or a weight is missing, unknown or of a wrong shape.
         """
+        from anyorder.sources import in_package
+
         wants_info = kwargs.pop("output_loading_info", False)
+        pretrained_model_name_or_path = in_package(pretrained_model_name_or_path)
         config = kwargs.get("config") or pretrained_model_name_or_path
         if not isinstance(config, PretrainedConfig):
             config = AutoConfig.from_pretrained(config, **hub_arguments(kwargs))
@@ -281,11 +284,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         return logits_of(self.causal_lm, hidden)
 
     def predictions(self, input_ids: Tensor, factorization: Factorization) -> tuple[Tensor, Tensor]:
-        """Hidden states of the rows that predict something.
-
-        Returns:
-            hidden (N, E), and (B, T) bool where the N predictions belong, row by row.
-        """
+        """Hidden states (N, E) of the rows that predict something, and (B, T) bool where they belong, row by row."""
         layout = self.lay_out(input_ids, factorization)
         predicted = layout.logit_rows >= 0
         row, _ = predicted.nonzero(as_tuple=True)

