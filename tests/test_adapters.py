@@ -94,8 +94,11 @@ def test_closed_rows_cost_no_adapter():
     model, seen = adapted(), []
     layer = model.causal_lm.model.layers[0].self_attn.q_proj.lora_A["default"]
     layer.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[0]))
-    model(IDS[:1])
+    with torch.no_grad():
+        model(IDS[:1])
     assert seen == []
+    model(IDS[:1])
+    assert seen.pop() == 0  # in training it takes part in every step
     model(IDS[:1], Factorization.left_to_right(14, 4))
     assert seen == [9]  # of 13 predictions 4 are free rows; the base has stood there
 

@@ -14,7 +14,8 @@ from anyorder.training.curriculum import BUILT_IN
 pytest.importorskip("peft", reason="training needs the train extra")
 pytest.importorskip("datasets", reason="training needs the train extra")
 
-from anyorder.training.data import Sequences, collate, read_texts, tokenize
+from anyorder.training.data import Sequences, Stream, collate
+from anyorder.training.texts import Documents, open_texts, read_texts, tokenize, tokenized
 from training_data import documents
 
 
@@ -108,3 +109,47 @@ def test_collate_keeps_documents_apart_and_marks_what_is_predicted():
 
 def _documents(item):
     return [item["input_ids"][item["document_ids"] == d] for d in range(int(item["document_ids"].max()) + 1)]
+
+
+def test_a_stream_of_a_mixture_loses_nothing_and_starts_again(tmp_path, byte_tokenizer):
+    import datasets
+
+    texts = [f"Number {n}. " + "word " * (n % 5) for n in range(23)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "b.txt").write_text("Another source altogether.")
+    sources = [tokenized(open_texts(tmp_path / name, True), byte_tokenizer, 40) for name in ("a.jsonl", "b.txt")]
+    eager = tokenize([*texts, "Another source altogether."], byte_tokenizer, 40)
+    mixed = datasets.interleave_datasets(sources, [0.9, 0.1], seed=0, stopping_strategy="all_exhausted")
+    data = list(Stream(mixed.shuffle(0, buffer_size=4), 64, BUILT_IN["exact"], 60))
+    seen = [tuple(ids.tolist()) for item in data for ids in _documents(item)]
+    assert set(seen) == {tuple(document.ids.tolist()) for document in eager}
+    assert len(data) == 60
+    assert len(seen) > 2 * len(eager)
+    again = list(Stream(mixed.shuffle(0, buffer_size=4), 64, BUILT_IN["exact"], 60))
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(data, again, strict=True) for key in a)
+    alone = list(Stream(sources[0], 64, BUILT_IN["exact"], 9))
+    first = [document for item in alone for document in _documents(item)][: len(texts)]
+    assert [byte_tokenizer.decode(ids[1:].tolist()) for ids in first] == texts
+
+
+def test_a_data_set_of_the_hub_or_of_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(json.dumps({"text": "one", "id": 3}) + "\n")
+    assert read_texts([tmp_path / "set"]) == ["one"]
+    assert [record["text"] for record in open_texts(tmp_path / "set", streaming=True)] == ["one"]
+    for source, message in (
+        ("a/b/c/d", "neither a file nor a data set of the form owner/name"),
+        ("no-such-owner/no-such-set", "no-such-owner/no-such-set cannot be read as a data set"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_texts(source)
+
+
+def test_documents_are_read_when_they_are_asked_for(byte_tokenizer):
+    found = tokenize(["one. Two.", "three"], byte_tokenizer, 40)
+    assert isinstance(found, Documents)
+    assert found.lengths == [len(document.ids) for document in found]
+    assert [document.shape.length for document in found[:1]] == found.lengths[:1]

@@ -17,8 +17,9 @@ from architectures import base_model
 pytest.importorskip("peft", reason="training needs the train extra")
 pytest.importorskip("datasets", reason="training needs the train extra")
 
-from anyorder.training.data import Sequences, TokenDocument, collate
+from anyorder.training.data import Sequences, collate
 from anyorder.training.plan import Document, Machine, Run, plan
+from anyorder.training.texts import TokenDocument
 
 CURRICULA = {
     "random": Curriculum((Stage((RandomGroups((4,)),), (1.0,)),)),

@@ -22,7 +22,8 @@ from architectures import VOCABULARY, base_model, converted
 pytest.importorskip("peft", reason="training needs the train extra")
 pytest.importorskip("datasets", reason="training needs the train extra")
 
-from anyorder.training.data import Sequences, TokenDocument, collate
+from anyorder.training.data import Sequences, collate
+from anyorder.training.texts import TokenDocument
 from training_data import documents
 
 

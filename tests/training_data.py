@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from anyorder.training.curriculum import Document
-from anyorder.training.data import TokenDocument
+from anyorder.training.texts import TokenDocument
 from architectures import VOCABULARY
 
 

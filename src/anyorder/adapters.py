@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
@@ -159,12 +161,17 @@ def merge(causal_lm: PreTrainedModel) -> None:
 # ---------------------------------------------------------------------- on disk
 
 
-def save(causal_lm: PreTrainedModel, directory: Path, base: str | None) -> None:
-    """Write PEFT's adapter_config.json and adapter_model.safetensors."""
+def save(
+    causal_lm: PreTrainedModel, directory: Path, base: str | None, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Write PEFT's adapter_config.json and adapter_model.safetensors.
+
+    `state_dict`: the model's, gathered, where its own parameters are split over several processes.
+    """
     from peft import get_peft_model_state_dict
 
     directory.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(causal_lm, adapter_name=_NAME)
+    weights = get_peft_model_state_dict(causal_lm, state_dict, adapter_name=_NAME)
     config = copy.copy(causal_lm.peft_config[_NAME])
     config.base_model_name_or_path = base
     config.inference_mode = True
@@ -194,7 +201,16 @@ def load(causal_lm: PreTrainedModel, file: Path) -> None:
     wrong = [f"{kind}: {', '.join(names[:3])}" for kind, names in problems.items() if names]
     if wrong:
         raise ValueError(f"{file} does not fit the model; weights {'; '.join(wrong)}")
-    set_peft_model_state_dict(causal_lm, found, adapter_name=_NAME)
+    if is_split(causal_lm):
+        named: dict[str, Any] = {name.replace(".weight", f".{_NAME}.weight"): tensor for name, tensor in found.items()}
+        set_model_state_dict(causal_lm, named, options=StateDictOptions(full_state_dict=True, strict=False))
+    else:
+        set_peft_model_state_dict(causal_lm, found, adapter_name=_NAME)
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether each process holds a part of the parameters only (FSDP2, DeepSpeed ZeRO-3)."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------------- which base

@@ -78,12 +78,12 @@ class Reads:
     @functools.cached_property
     def open_rows(self) -> Tensor | slice | None:
         """(N,) int64 numbers of the rows with an open gate among the flattened rows; a slice of all; None: there are
-        none."""
+        none. In training none is an empty tensor: adapters take part in every step, as several processes expect."""
         gates = self._rows.gates.flatten()
         if bool(gates.all()):
             return slice(None)
         numbers = gates.nonzero()[:, 0]
-        return numbers.to(self._device) if len(numbers) else None
+        return numbers.to(self._device) if len(numbers) or torch.is_grad_enabled() else None
 
     def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(B, G, K, D) keys and values of the content rows, stored ones included, in generation order."""

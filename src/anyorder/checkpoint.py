@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import cached_file
 
 from anyorder import adapters
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
 QUERY_FILE = "query_embedding.safetensors"
 
 
-def save_adapted(model: AnyOrderForCausalLM, directory: Path) -> None:
-    """Write the four files."""
-    config = model.config
-    adapters.save(model.causal_lm, directory, (config.base or {}).get("name"))
-    query = {"query_embedding": model.query_embedding.detach().contiguous()}
+def save_adapted(model: AnyOrderForCausalLM, directory: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write the four files; with a gathered `state_dict`, of a model whose parameters are split over processes."""
+    config, wrapped, query_embedding = model.config, None, model.query_embedding
+    if state_dict is not None:
+        wrapped = {n.removeprefix("causal_lm."): t for n, t in state_dict.items() if n.startswith("causal_lm.")}
+        query_embedding = state_dict["query_embedding"]
+    adapters.save(model.causal_lm, directory, (config.base or {}).get("name"), wrapped)
+    query = {"query_embedding": query_embedding.detach().contiguous()}
     save_file(query, directory / QUERY_FILE, metadata={"format": "pt"})
     config.save_pretrained(directory)
 
@@ -37,7 +41,11 @@ def save_adapted(model: AnyOrderForCausalLM, directory: Path) -> None:
 def read_weights(model: AnyOrderForCausalLM, adapter_file: Path, query_file: Path) -> None:
     """Read what `save_adapted` wrote into a model that has such an adapter; ValueError if it does not fit."""
     adapters.load(model.causal_lm, adapter_file)
-    model.query_embedding.data.copy_(load_file(query_file)["query_embedding"])
+    query = load_file(query_file)["query_embedding"]
+    own = model.query_embedding.data
+    own.copy_(
+        distribute_tensor(query.to(own.dtype), own.device_mesh, own.placements) if isinstance(own, DTensor) else query
+    )
 
 
 def load_adapted(

@@ -181,8 +181,8 @@ class AnyOrderForCausalLM(PreTrainedModel):
             super().save_pretrained(save_directory, **kwargs)
         elif kwargs.pop("push_to_hub", False):
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-        else:
-            save_adapted(self, Path(save_directory))
+        elif kwargs.get("is_main_process", True):
+            save_adapted(self, Path(save_directory), kwargs.get("state_dict"))
 
     def merge_adapter(self) -> AnyOrderForCausalLM:
         """Fold an ungated adapter into the weights; the model is then saved whole. ValueError for a gated one."""
@@ -277,10 +277,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         return output.last_hidden_state, reads
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(N, E) hidden states -> (N, V) logits, by the base model's own forward over an identity decoder.
-
-        So whatever a family does to its logits (caps, scales) is done here, without a copy of it.
-        """
+        """(N, E) hidden states -> (N, V) logits, by the base model's own head: see `head.logits_of`."""
         return logits_of(self.causal_lm, hidden)
 
     def predictions(self, input_ids: Tensor, factorization: Factorization) -> tuple[Tensor, Tensor]:
@@ -304,7 +301,8 @@ class AnyOrderForCausalLM(PreTrainedModel):
         """
         rows, spare = layout.rows, layout.logit_rows.shape[1]
         frozen = rows.frozen
-        if not bool(frozen.any()) or bool(frozen.all()):
+        # Processes that gather parameters together must run as many forwards, whatever rows each has.
+        if not bool(frozen.any()) or bool(frozen.all()) or adapters.is_split(self):
             every = torch.arange(rows.count).expand(rows.lo.shape)
             return self.hidden_rows(rows, layout.key_positions), every
         first, first_place = rows.take(frozen, spare)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 
     from anyorder.modeling import AnyOrderForCausalLM
     from anyorder.training.curriculum import Curriculum
+    from anyorder.training.data import Sequences, Stream
     from anyorder.training.trainer import AnyOrderTrainer
+
+SHUFFLE_BUFFER = 10_000
+"""Documents of a stream among which the next one is drawn."""
 
 LEARNING_RATES = {"none": 1e-4, "lora": 1e-3, "gated": 1e-3}
 _FIXED = {
@@ -44,15 +49,20 @@ _NOT_OF_THE_RUN = {
 
 
 def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The options of the command."""
+    """The options of the command; `@FILE` stands for the options in a file, with `#` comments."""
+    parser.fromfile_prefix_chars = "@"
+    parser.convert_arg_line_to_args = _options_in  # type: ignore[method-assign]
     parser.add_argument("model", help="built-in name, directory, GGUF file or hub id to start from")
     parser.add_argument("output", type=Path, nargs="?", help="directory for the run and its result")
-    parser.add_argument("--train-file", type=Path, nargs="+", default=[], metavar="PATH",
-                        help="texts: .jsonl, .json, .parquet (records with 'text'), .txt; also .gz")  # fmt: skip
+    parser.add_argument("--train-file", nargs="+", default=[], metavar="SOURCE",
+                        help="texts: .jsonl, .json, .parquet (records with 'text'), .txt; also .gz; or a data set of "
+                             "the hub as owner/name[:config[:split]]")  # fmt: skip
+    parser.add_argument("--streaming", action="store_true",
+                        help="read while training, shuffled in a buffer, instead of tokenizing all first")  # fmt: skip
     parser.add_argument("--mixture", type=float, nargs="+", metavar="W",
-                        help="a weight for each training file; default: all texts are one source")  # fmt: skip
+                        help="a weight for each source; default: all texts are one source")  # fmt: skip
     parser.add_argument(
-        "--eval-file", type=Path, nargs="+", default=[], metavar="PATH", help="texts for held-out loss in four regimes"
+        "--eval-file", nargs="+", default=[], metavar="SOURCE", help="texts for held-out loss in four regimes"
     )
     parser.add_argument("--eval-every", type=positive, default=100, metavar="N", help="steps; default: 100")
     parser.add_argument("--eval-documents", type=positive, default=64, metavar="N", help="the first; default: 64")
@@ -66,7 +76,9 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument("--length", type=positive, default=256, metavar="N", help="tokens of a row; default: 256")
     parser.add_argument("--document-length", type=positive, default=128, metavar="N",
                         help="longer texts are cut at sentence ends; default: 128")  # fmt: skip
-    parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="rows a forward; default: 4")
+    parser.add_argument(
+        "--batch-size", type=positive, default=4, metavar="N", help="rows a forward and device; default: 4"
+    )
     parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="forwards a step; default: 1")
     parser.add_argument("--learning-rate", type=float, metavar="R", help="default: 1e-3 for adapters, else 1e-4")
     parser.add_argument("--warmup-steps", type=int, default=20, metavar="N", help="default: 20")
@@ -87,6 +99,10 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
                           help="the part of them that training reaches; default: 0.35")  # fmt: skip
 
 
+def _options_in(arg_line: str) -> list[str]:
+    return arg_line.partition("#")[0].split()
+
+
 def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> None:
     """Train, or go on training, and save.
 
@@ -95,26 +111,26 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
         load: loads the model that the options name, with `adapter=`.
     """
     from anyorder.training.curriculum import Curriculum
-    from anyorder.training.data import Sequences, read_texts, tokenize
     from anyorder.training.heldout import HeldOut
+    from anyorder.training.texts import open_texts, read_texts, tokenize
 
     curriculum = Curriculum.load(options.curriculum)
     if options.plan:
         return _plan(options, curriculum)
     if options.output is None or not options.train_file:
         raise ValueError("adapt needs an output directory and --train-file (or --plan, to estimate a run)")
-    texts, held_out_texts = [read_texts([file]) for file in options.train_file], read_texts(options.eval_file)
+    texts = [open_texts(source, options.streaming) for source in options.train_file]
+    held_out_texts = read_texts(options.eval_file)
     if options.mixture is not None and len(options.mixture) != len(texts):
         raise ValueError(f"--mixture has {len(options.mixture)} weights for {len(texts)} training files")
     further = _training_arguments(options.training)
     checkpoint = _prepare(options)  # writes; so a mistake above leaves nothing behind
     model, tokenizer = _model(options, load)
-    longest = min(options.document_length, options.length)
-    sources = [tokenize(found, tokenizer, longest) for found in texts]
-    held_out = tokenize(held_out_texts, tokenizer, longest)[: options.eval_documents]
-    rows = options.batch_size * options.accumulate
+    rows = options.batch_size * options.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     steps = max(1, options.tokens // (rows * options.length))
-    data = Sequences(sources, options.length, curriculum, steps * rows, options.seed, options.mixture)
+    data = _data(options, texts, tokenizer, curriculum, steps * rows)
+    longest = min(options.document_length, options.length)
+    held_out = tokenize(held_out_texts, tokenizer, longest)[: options.eval_documents] if held_out_texts else []
     trainer = _trainer(options, model, data, HeldOut(held_out) if held_out else None, steps, further)
     with _saved_when_interrupted(trainer) as state, _drawn_at_the_end(trainer, options):
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -122,11 +138,37 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
         print(f"saved at step {trainer.state.global_step} of {steps}; go on with the same command and --resume",
               file=sys.stderr)  # fmt: skip
         raise KeyboardInterrupt
-    model.save_pretrained(options.output)
+    trainer.save_result(options.output)
+    if not trainer.is_world_process_zero():
+        return
     tokenizer.save_pretrained(options.output)
     last = [record["loss"] for record in trainer.state.log_history if "loss" in record][-1:]
     report = {"output": str(options.output), "steps": steps, "loss": last[0] if last else None}
     print(json.dumps(report) if options.json else f"{steps} steps, last loss {report['loss']} nats -> {options.output}")
+
+
+def _data(
+    options: argparse.Namespace,
+    texts: list[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    curriculum: Curriculum,
+    count: int,
+) -> Sequences | Stream:
+    from anyorder.training.data import Sequences, Stream
+    from anyorder.training.texts import Documents, tokenized
+
+    longest = min(options.document_length, options.length)
+    sources = [tokenized(found, tokenizer, longest) for found in texts]
+    if not options.streaming:
+        documents = [Documents(source) for source in sources]
+        return Sequences(documents, options.length, curriculum, count, options.seed, options.mixture)
+    import datasets
+
+    weights = [weight / sum(options.mixture) for weight in options.mixture] if options.mixture else None
+    if len(sources) > 1:
+        sources = [datasets.interleave_datasets(sources, weights, options.seed, stopping_strategy="all_exhausted")]
+    shuffled = sources[0].shuffle(options.seed, buffer_size=SHUFFLE_BUFFER)
+    return Stream(shuffled, options.length, curriculum, count, options.seed)
 
 
 def _plan(options: argparse.Namespace, curriculum: Curriculum) -> None:
@@ -158,9 +200,14 @@ def _plan(options: argparse.Namespace, curriculum: Curriculum) -> None:
 
 def _prepare(options: argparse.Namespace) -> str | None:
     """Check the output directory against --resume; the checkpoint to resume from, if any."""
+    from anyorder.training import checkpoints
+
     described = {name: value for name, value in vars(options).items() if name not in _NOT_OF_THE_RUN}
     described = json.loads(json.dumps(described, default=str))
     file = options.output / "run.json"
+    if int(os.environ.get("RANK", "0")) > 0:  # the first process checks and writes for all; if it fails, all end
+        found = checkpoints.complete(options.output / "checkpoints") if options.resume else []
+        return str(found[-1]) if found else None
     if not options.resume:
         if options.output.exists() and any(options.output.iterdir()):
             raise ValueError(f"{options.output} is not empty: add --resume to go on, or choose another directory")
@@ -174,8 +221,6 @@ def _prepare(options: argparse.Namespace) -> str | None:
         if before.get(name) != value:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"the run in {options.output} has {option} {before.get(name)}, not {value}: use the same")
-    from anyorder.training import checkpoints
-
     found = checkpoints.complete(options.output / "checkpoints")
     if not found:
         print("no checkpoint yet: starting from the beginning", file=sys.stderr)
@@ -233,6 +278,7 @@ def _trainer(
         include_num_input_tokens_seen="all",
         report_to="none",
         remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},  # every process reads the stream and takes its own rows
         disable_tqdm=not sys.stderr.isatty(),
         metric_for_best_model=None if held_out is None else "loss",
         greater_is_better=False,

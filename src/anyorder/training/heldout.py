@@ -16,7 +16,7 @@ from anyorder.training.curriculum import Document, LeftToRight, RandomGroups, Re
 
 if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
-    from anyorder.training.data import TokenDocument
+    from anyorder.training.texts import TokenDocument
 
 REGIMES: dict[str, Regime] = {
     "left_to_right_1": LeftToRight((1,)),

@@ -18,18 +18,18 @@ from anyorder.adapters import WEIGHTS_FILE
 from anyorder.checkpoint import QUERY_FILE, read_weights
 from anyorder.factorization import Factorization
 from anyorder.training import checkpoints
-from anyorder.training.data import Sequences, collate
+from anyorder.training.data import Sequences, Stream, collate
 
 
 class AnyOrderTrainer(Trainer):
-    """Trains on `data.Sequences`, whose order is part of the data: a sequence is a function of its number.
+    """Trains on `data.Sequences` or a `data.Stream`, whose order is part of the data: it is never shuffled here.
 
     Beside the loss it logs `loss_<regime>`, the mean over the tokens since the last log that were predicted under this
     regime of the curriculum, and `tokens_per_second`.
     """
 
     control: TrainerControl
-    train_dataset: Sequences
+    train_dataset: Sequences | Stream
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, data_collator=collate, **kwargs)
@@ -105,6 +105,12 @@ class AnyOrderTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial))
         with checkpoints.writing(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
+
+    def save_result(self, directory: Path) -> None:
+        """Write the model for users, without the trainer's own files; to be called in every process."""
+        split = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if split else None
+        self.model.save_pretrained(directory, state_dict=state_dict, is_main_process=self.is_world_process_zero())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model, directory = self.model if model is None else model, Path(resume_from_checkpoint)

@@ -1,0 +1,164 @@
+"""Texts from local files or from the hub -> documents of token ids, through `datasets`.
+
+A source is the path of a file, or a data set `owner/name[:config[:split]]` of the hub (or a directory of that form).
+Its records have a column 'text'. A text longer than a document may be is cut into several, at sentence ends where it
+can; nothing is thrown away. Documents lie in Arrow files that are mapped into memory, or come from a stream.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from anyorder.pieces import Pieces
+from anyorder.training.curriculum import MIN_LENGTH, Document
+
+FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+_HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:]*))?(:(?P<split>[^:]+))?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:|$)")
+_SENTENCE = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
+
+
+def open_texts(source: str | Path, streaming: bool = False) -> Any:
+    """The data set of a source, with the one column 'text': a `datasets.Dataset`, or an `IterableDataset` of a stream.
+
+    Raises:
+        ValueError: naming the source that is missing, unreadable, of an unknown kind or without texts.
+    """
+    import datasets
+
+    file = Path(source)
+    kind = FORMATS.get(Path(file.name.removesuffix(".gz")).suffix)
+    if kind is not None:
+        if not file.is_file():
+            raise ValueError(f"no such file: {source}")
+        what = {"path": kind, "data_files": str(file), "split": "train"}
+        what |= {"sample_by": "document"} if kind == "text" else {}
+    elif file.is_file() or (file.suffix and not file.is_dir() and not _HUB_ID.match(str(source))):
+        raise ValueError(f"{source}: unknown kind of file; known: {', '.join(FORMATS)}, each also as .gz")
+    else:
+        what = _data_set(str(source))
+    try:
+        found = datasets.load_dataset(**what, streaming=streaming)
+        columns = found.column_names or list(next(iter(found)))
+    except StopIteration:
+        raise ValueError(f"{source} holds no text") from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source} cannot be read as {kind or 'a data set'}: {reason}") from error
+    if "text" not in columns:
+        raise ValueError(f"{source} has no column 'text' but {', '.join(columns)}")
+    return found.select_columns("text")
+
+
+def _data_set(source: str) -> dict[str, Any]:
+    name, config, split = source, None, None
+    if not Path(source).is_dir():
+        match = _HUB.fullmatch(source)
+        if match is None:
+            raise ValueError(f"{source!r} is neither a file nor a data set of the form owner/name[:config[:split]]")
+        name, config, split = match["name"], match["config"] or None, match["split"]
+    return {"path": name, "name": config, "split": split or "train"}
+
+
+def read_texts(sources: Sequence[str | Path]) -> list[str]:
+    """All texts of some sources, as a list; see `open_texts`."""
+    texts: list[str] = []
+    for source in sources:
+        found = [text for text in open_texts(source)["text"] if isinstance(text, str) and text.strip()]
+        if not found:
+            raise ValueError(f"{source} holds no text")
+        texts += found
+    return texts
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """Ids of one document, its start token included, and where its sentences start."""
+
+    ids: Tensor
+    shape: Document
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> TokenDocument:
+        """From a record of `tokenized`."""
+        return cls(torch.tensor(record["ids"]), Document(len(record["ids"]), tuple(record["sentence_starts"])))
+
+
+class Documents(Sequence[TokenDocument]):
+    """Documents in a `datasets.Dataset` made by `tokenized`: read when they are asked for.
+
+    Attributes:
+        lengths: tokens of each.
+    """
+
+    def __init__(self, table: Any):
+        self.table = table
+        self.lengths: list[int] = list(table["length"])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenDocument: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenDocument]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenDocument | list[TokenDocument]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return TokenDocument.of(self.table[index])
+
+
+def tokenized(texts: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
+    """A data set of texts as one of documents: columns ids, sentence_starts, length."""
+    if max_length < MIN_LENGTH:
+        raise ValueError(f"documents need at least {MIN_LENGTH} tokens, got a length of {max_length}")
+    cut = functools.partial(_records, tokenizer=tokenizer, max_length=max_length)
+    return texts.map(cut, batched=True, remove_columns=["text"])
+
+
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Documents:
+    """Documents of at most `max_length` tokens, start token included, in memory."""
+    import datasets
+
+    return Documents(tokenized(datasets.Dataset.from_dict({"text": list(texts)}), tokenizer, max_length))
+
+
+def _records(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
+    found = [cut for text in batch["text"] if isinstance(text, str) for cut in _cut(text, tokenizer, max_length)]
+    ids = [ids for ids, _ in found]
+    return {"ids": ids, "sentence_starts": [starts for _, starts in found], "length": [len(own) for own in ids]}
+
+
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids, start token included, and sentence starts of each document of a text."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]]
+    marks = [0] + [match.end() for match in _SENTENCE.finditer(text)]
+    starts = sorted({_first_token(offsets, mark, text) for mark in marks} - {len(ids)})
+    begin, first = 0, Pieces(tokenizer).start_token()
+    while begin < len(ids):
+        end = min(begin + max_length - 1, len(ids))
+        inside = [s for s in starts if begin < s <= end]
+        if end < len(ids) and inside:
+            end = inside[-1]
+        yield [first, *ids[begin:end]], [s - begin + 1 for s in starts if begin <= s < end]
+        begin = end
+
+
+def _first_token(offsets: list[int], mark: int, text: str) -> int:
+    """The number of the token that brings the character at `mark`, with the space in front of it."""
+    index = bisect.bisect_left(offsets, mark)
+    before = index > 0 and index <= len(offsets) and offsets[index - 1] == mark - 1 and text[mark - 1].isspace()
+    return index - 1 if before else index
