@@ -238,8 +238,8 @@ def _model(
     torch.manual_seed(options.seed)  # the adapter's first factor is random
     more = {} if options.adapter == "none" else {"adapter": Adapter(options.adapter, options.rank)}
     model, tokenizer = load(options, **more)
-    for parameter in model.parameters():  # of an adapter that is trained on
-        if more and parameter.requires_grad:
+    for parameter in model.parameters():  # small updates vanish in 16 bits; the forward casts
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model.train(), tokenizer
 

@@ -56,6 +56,7 @@ class Run:
     document_length: int = 128
     batch_size: int = 4
     bytes_per_weight: int = 2
+    """Of weights that are only read; those that are trained are float32, as are their gradients and Adam's moments."""
     gradient_checkpointing: bool = False
 
 
@@ -130,7 +131,7 @@ def plan(config: PretrainedConfig, run: Run, machine: Machine) -> Plan:
     flops = forward + (row + 2 * attention) * through + weight_gradients + again + heads_backward
     trained = (parameters if run.rank is None else added) + hidden
     split = machine.devices if machine.sharded else 1
-    bytes_trained = run.bytes_per_weight if run.rank is None else 4
+    frozen = parameters + added + hidden - trained
     speed = machine.devices * machine.flops * machine.utilisation / flops
     rows_held = run.batch_size * run.length * shares["rows"]
     return Plan(
@@ -138,9 +139,9 @@ def plan(config: PretrainedConfig, run: Run, machine: Machine) -> Plan:
         trained=trained,
         rows_per_token=shares["rows"],
         flops_per_token=flops,
-        weights=(parameters * run.bytes_per_weight + added * 4) / split,
-        gradients=trained * bytes_trained / split,
-        optimizer=2 * trained * bytes_trained / split,
+        weights=(frozen * run.bytes_per_weight + trained * 4) / split,
+        gradients=trained * 4 / split,
+        optimizer=2 * trained * 4 / split,
         activations=rows_held * _activation_bytes(sizes, run) + 2 * 4 * CHUNK * sizes.vocab_size,
         tokens_per_second=speed,
         seconds=run.tokens / speed,
