@@ -229,6 +229,18 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     )
 
 
+def test_the_base_that_the_built_in_name_means_elsewhere_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("anyorder.sources._packaged_file", lambda package, file: None)
+    monkeypatch.setattr("anyorder.sources.load_causal_lm", lambda name, **kwargs: base_model("llama", seed=5))
+    model = adapted()
+    model.config.base["name"] = "smollm2-135m"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"another model than smollm2-135m: .* differs \(it was trained on the built-in"
+    ):
+        AnyOrderForCausalLM.from_pretrained(tmp_path)
+
+
 def test_adapter_weights_that_do_not_fit_are_an_error(tmp_path):
     adapted().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

@@ -11,6 +11,7 @@ from anyorder.training.curriculum import (
     Curriculum,
     Document,
     LeftToRight,
+    PrefixSuffix,
     RandomGroups,
     SentenceBlanks,
     Spans,
@@ -52,6 +53,16 @@ def test_spans_are_filled_from_left_to_right():
         blank = f.group_ids[0][f.is_predicted[0]]
         assert torch.equal(blank, torch.arange(len(blank)))
         assert 2 <= len(blank) <= 10
+
+
+def test_prefix_and_suffix_are_given_and_every_middle_can_come():
+    seen = set()
+    for f in draws(PrefixSuffix(), 6000):
+        blank = f.is_predicted[0].nonzero()[:, 0]
+        assert torch.equal(blank, torch.arange(int(blank[0]), int(blank[-1]) + 1))
+        assert torch.equal(f.group_ids[0, blank], torch.arange(len(blank)))
+        seen.add((int(blank[0]), int(blank[-1])))
+    assert seen == {(first, last) for first in range(1, 20) for last in range(first, 20)}
 
 
 def test_sentence_blanks_are_whole_sentences():

@@ -16,4 +16,4 @@ export MODEL OUTPUT ARGUMENTS RESUME
 srun bash -c 'accelerate launch --config_file recipes/launch/fsdp2.yaml \
   --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * 8)) --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$MASTER" --main_process_port 29500 \
-  -m anyorder adapt "$MODEL" "$OUTPUT" $(grep -v "^#" "$ARGUMENTS") $RESUME'
+  -m anyorder adapt "$MODEL" "$OUTPUT" "@$ARGUMENTS" $RESUME'

