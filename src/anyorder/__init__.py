@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anyorder.sources import load
 
 __version__ = "0.1.0"
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL = "smollm2-135m-anyorder"
 
 _HOMES = {
     "AnyOrderConfig": "configuration",
