@@ -6,6 +6,7 @@ accelerate shards on accelerators only, so PyTorch's own `fully_shard` is applie
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -74,7 +75,9 @@ def main() -> None:
         assert all(torch.equal(again[name], whole[name]) for name in whole)
     if rank == 0:
         (folder / "curve.json").write_text(json.dumps(curve))
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # all is written; PyTorch's threads now and then abort a process that has used gloo as it winds up
 
 
 if __name__ == "__main__":
