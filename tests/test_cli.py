@@ -45,6 +45,25 @@ def test_infill(capsys, checkpoint):
     assert out == expected.text + "\n"
 
 
+def test_policies_are_chosen_by_name(capsys, checkpoint):
+    arguments = ("generate", "a b", "--model", checkpoint, "--max-new-tokens", 9, "--json")
+    plain = json.loads(run(capsys, *arguments)[1])
+    fast = json.loads(run(capsys, *arguments, "--policy", "speculative:draft=ngram")[1])
+    assert fast["text"] == plain["text"]
+    assert fast["forwards"] <= plain["forwards"] == 9
+    infill = ("infill", "a ___ b", "--model", checkpoint, "--length", 6, "--json")
+    assert json.loads(run(capsys, *infill, "--policy", "dynamic:criterion=entropy,step_size=4")[1])["forwards"] == 2
+    code, _, error = run(capsys, *arguments, "--policy", "speculative", "--group-size", 4)
+    assert code == 2
+    assert "--group-size 4 and --policy both say what a step commits" in error
+
+
+def test_a_policy_that_does_not_exist_is_told_at_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "a", "--policy", "dynamic:step=3"])
+    assert "did you mean 'step_size'" in capsys.readouterr().err
+
+
 def test_several_texts_give_one_object_a_line(capsys, checkpoint):
     code, out, _ = run(capsys, "infill", "a ___", "___ b", "--model", checkpoint, "--length", 1, "--json")
     assert code == 0

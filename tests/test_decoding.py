@@ -155,11 +155,11 @@ def test_groupwise_size_cuts_the_order_anew():
 def test_a_policy_may_commit_fewer_than_it_asks_for():
     """The loop leaves every choice to the policy; cached == parallel holds for any append-only one."""
 
-    class MostLikelyFirst(policies.Policy):
+    class MostLikelyFirst(policies.GroupPolicy):
         def ask(self, factorization, is_open):
             return is_open
 
-        def choose(self, logits, row, column):
+        def choose(self, logits, row, column, uniform):
             best = logits.log_softmax(-1).amax(-1)
             return torch.tensor([bool(best[i] == best[row == row[i]].max()) for i in range(len(row))])
 
@@ -174,7 +174,7 @@ def test_a_policy_may_commit_fewer_than_it_asks_for():
 
 def test_a_policy_must_commit_something():
     class Never(policies.GroupWise):
-        def choose(self, logits, row, column):
+        def choose(self, logits, row, column, uniform):
             return torch.zeros_like(row, dtype=torch.bool)
 
     with pytest.raises(ValueError, match="committed nothing in row 0"):

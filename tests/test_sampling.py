@@ -55,7 +55,7 @@ def test_allowed_tokens_restrict_positions():
     allowed = AllowedTokens(torch.tensor([[True] * 5, [False, False, True, True, False]]), torch.tensor([[0, 1]]))
     sampler = Sampler(allowed=allowed)
     logits = LOGITS.repeat(2, 1)
-    out = sampler.process(logits, torch.tensor([[0, 0]]), torch.tensor([0, 0]), torch.tensor([0, 1]))
+    out = sampler.process(logits, torch.tensor([[0], [0]]), torch.tensor([0, 0]), torch.tensor([0, 1]))
     assert torch.equal(out[0], LOGITS[0])
     assert out[1].isfinite().tolist() == [False, False, True, True, False]
     assert sampler.draw(out, torch.zeros(2)).tolist() == [0, 2]

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from anyorder import Factorization, Infiller
+from anyorder import Factorization, Infiller, policies
 
 pytestmark = pytest.mark.smollm2
 
@@ -46,6 +46,19 @@ def test_greedy_generation_is_the_base_models_own(smollm2):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         expected = model.causal_lm.generate(ids, max_new_tokens=48, do_sample=False)
         assert torch.equal(model.generate(ids, max_new_tokens=48, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("draft", ["query", "ngram"])
+def test_greedy_speculative_is_greedy_one_at_a_time(smollm2, draft):
+    model, tokenizer = smollm2
+    policy = policies.speculative(draft=draft, draft_length=3)
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = model.generate(ids, max_new_tokens=48, return_dict_in_generate=True)
+        output = model.generate(ids, max_new_tokens=48, policy=policy, return_dict_in_generate=True)
+        assert torch.equal(output.sequences, expected.sequences)
+        assert output.forwards <= expected.forwards
+        torch.testing.assert_close(output.log_probs, expected.log_probs, atol=2e-3, rtol=0)
 
 
 def test_cached_equals_parallel(smollm2):

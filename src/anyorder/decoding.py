@@ -1,13 +1,9 @@
-"""The decode loop: one forward a step, events out.
+"""Filling the predicted positions of a factorization: requests in, ids or a stream of commits out.
 
-Each step forwards the content rows of what was just committed together with the query rows that the policy asks for,
-then commits what the policy chooses. Keys and values are stored in generation order and never touched again, so the
-log-probabilities equal those of one parallel forward over the finished text (`cached == parallel`). Forced tokens make
-the same loop teacher forcing.
+The loop itself is `loop`, which positions each step evaluates and commits is a policy's (`policies`). Forced tokens
+make the same loop teacher forcing. This module knows token ids only, never text.
 
-This module knows token ids only, never text.
-
-Shapes: B batch, T columns, N evaluated positions, V vocabulary.
+Shapes: B batch, T columns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,20 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anyorder.cache import KeyValueStore
 from anyorder.factorization import ABSENT, GIVEN, Factorization
 from anyorder.inputs import check_ids, real_tokens
-from anyorder.layout import Arrangement, compact, join
+from anyorder.loop import FREE, Run, Step, Uniforms
 from anyorder.options import check_options
 from anyorder.policies import GroupWise, Policy
-from anyorder.randomness import Generators, uniforms
-from anyorder.sampling import AllowedTokens, Sampler, token_log_probs
+from anyorder.randomness import Generators, row_generators, uniforms
+from anyorder.sampling import AllowedTokens, Sampler
 
 if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
-
-FREE = -100
-"""In `forced_ids`: the position is drawn, not forced (the id that Hugging Face ignores in labels)."""
 
 
 @dataclass(frozen=True)
@@ -63,144 +55,6 @@ class GenerateOutput:
     def map(self, function: Callable[[Tensor], Tensor]) -> GenerateOutput:
         """The same with every tensor replaced."""
         return GenerateOutput(function(self.sequences), function(self.log_probs), function(self.steps), self.forwards)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What one step committed; `row`, `column`, `token`, `log_prob` are (N,), on the CPU."""
-
-    row: Tensor
-    column: Tensor
-    token: Tensor
-    log_prob: Tensor
-    step: int
-
-
-class _Run:
-    """The state of one decoding run, and the loop over it."""
-
-    def __init__(
-        self,
-        model: AnyOrderForCausalLM,
-        input_ids: Tensor,
-        factorization: Factorization,
-        policy: Policy,
-        sampler: Sampler,
-        uniform: Tensor,
-        end_ids: Sequence[int],
-        forced_ids: Tensor | None,
-    ):
-        if int(factorization.documents.max()):
-            raise ValueError("decoding takes one document a row: unstack the packed factorization first")
-        self.model, self.policy, self.sampler, self.uniform = model, policy, sampler, uniform
-        self.factorization = policy.prepare(factorization.to("cpu"))
-        self._check_tokens(forced_ids, sampler.allowed)
-        self.forced = None if forced_ids is None else forced_ids.cpu()
-        self.end_ids = torch.tensor(list(end_ids), dtype=torch.int64)
-        self.ids = input_ids.masked_fill(self.factorization.is_predicted, 0)
-        self.is_open = self.factorization.is_predicted
-        self.known = self.factorization.is_given
-        self.steps = self.factorization.group_ids.clamp(max=-1).masked_fill(self.is_open, ABSENT)
-        self.log_probs = torch.zeros(self.ids.shape)
-        self.every = torch.arange(self.ids.shape[1]).expand_as(self.ids)
-        self.last_given = (self.every * self.known).amax(dim=1)
-        self.end = torch.full_like(self.last_given, self.ids.shape[1])  # column of the earliest committed end
-        self.forwards = 0
-
-    def _check_tokens(self, forced_ids: Tensor | None, allowed: AllowedTokens | None) -> None:
-        vocabulary, shape = self.model.vocabulary_size, self.factorization.group_ids.shape
-        if forced_ids is not None:
-            check_ids("forced_ids", forced_ids)
-            bad = (forced_ids != FREE) & ((forced_ids < 0) | (forced_ids >= vocabulary))
-            if bool(bad.any()):
-                raise ValueError(f"forced_ids holds {int(forced_ids[bad][0])}: neither {FREE} nor a token id")
-        if allowed is not None and allowed.masks.shape[1] != vocabulary:
-            raise ValueError(f"allowed_tokens has masks over {allowed.masks.shape[1]} tokens, not {vocabulary}")
-        for name, tensor in (
-            ("forced_ids", forced_ids),
-            ("allowed_tokens.index", None if allowed is None else allowed.index),
-        ):
-            if tensor is not None and tensor.shape != shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the factorization {tuple(shape)}")
-
-    @torch.inference_mode()  # a few per cent faster than no_grad; what leaves is made outside of it
-    def __iter__(self) -> Iterator[_Step]:
-        columns, _, _ = compact(self.known)
-        tokens = Arrangement(self.ids, self.factorization, self.model.recipe)
-        store = KeyValueStore(self.ids.shape[1])
-        first, count = torch.zeros_like(tokens.counts), self.known.sum(dim=1)
-        tokens.append(columns, count)
-        while bool(self.is_open.any()):
-            asked = self.policy.ask(self.factorization, self.is_open)
-            hidden, row, column = self._forward(tokens, store, asked, first, count)
-            logits = self.model.head(hidden).float()
-            chosen = self.policy.choose(logits, row, column)
-            if not bool(chosen.all()):
-                idle = sorted(set(row.tolist()) - set(row[chosen].tolist()))
-                if idle:
-                    raise ValueError(
-                        f"{self.policy!r} committed nothing in row {idle[0]}: at least one position a step"
-                    )
-                logits, row, column = logits[chosen.to(logits.device)], row[chosen], column[chosen]
-            token, log_prob = self._draw(logits, row, column)
-            committed = self._commit(row, column, token, log_prob)
-            first = tokens.counts
-            count = committed.sum(dim=1)
-            tokens.append(compact(committed)[0], count)
-            yield _Step(row, column, token, log_prob, self.forwards - 1)
-
-    def _forward(
-        self, tokens: Arrangement, store: KeyValueStore, asked: Tensor, first: Tensor, count: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, E) hidden states that predict the asked positions, and their rows and columns."""
-        visible = tokens.counts[:, None]
-        free = asked & tokens.free(self.every, visible.expand_as(asked))
-        columns, used, place = compact(asked & ~free)
-        content = tokens.content(first, count)
-        query = tokens.queries(columns, used, visible.expand_as(columns))
-        rows = join(content, query)
-        hidden = self.model.hidden_rows(rows, tokens.columns, store)
-        self.forwards += 1
-        # A free position is predicted by the content row of the last committed token.
-        source = torch.where(free, count[:, None] - 1, rows.content_count + place)
-        row, column = asked.nonzero(as_tuple=True)
-        return hidden[row.to(hidden.device), source[asked].to(hidden.device)], row, column
-
-    def _draw(self, logits: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        some = self.ids.gather(1, self.known.to(torch.int8).argmax(dim=1, keepdim=True))
-        visible = torch.where(self.known, self.ids, some)
-        processed = self.sampler.process(logits, visible, row, column)
-        token = self.sampler.draw(processed, self.uniform[row, column])
-        if self.forced is not None:
-            forced = self.forced[row, column].to(token.device)
-            token = torch.where(forced == FREE, token, forced)
-        return token.cpu(), token_log_probs(logits, token).cpu()
-
-    def _commit(self, row: Tensor, column: Tensor, token: Tensor, log_prob: Tensor) -> Tensor:
-        """Write the tokens down; what lies behind a new end is no longer open. (B, T) bool: what was committed."""
-        committed = torch.zeros_like(self.is_open)
-        committed[row, column] = True
-        self.ids[row, column] = token
-        self.log_probs[row, column] = log_prob
-        self.steps[row, column] = self.forwards - 1
-        self.known = self.known | committed
-        self.is_open = self.is_open & ~committed
-        ends = torch.isin(token, self.end_ids) & (column > self.last_given[row])
-        if self.forced is not None:
-            ends &= self.forced[row, column] == FREE
-        if bool(ends.any()):
-            self.end.scatter_reduce_(0, row[ends], column[ends], "amin")
-            self.is_open &= self.every < self.end[:, None]
-        return committed
-
-    def output(self, pad_id: int) -> GenerateOutput:
-        keep = self.known & (self.every <= self.end[:, None])
-        return GenerateOutput(
-            sequences=torch.where(keep, self.ids, pad_id),
-            log_probs=torch.where(keep, self.log_probs, 0.0),
-            steps=torch.where(keep, self.steps, ABSENT),
-            forwards=self.forwards,
-        )
 
 
 def generate(
@@ -234,10 +88,10 @@ def generate(
         behind an end the pad id. Or a `GenerateOutput`.
     """
     request = _request(model, input_ids, factorization, policy, max_new_tokens, attention_mask)
-    run = _start(model, request, options)
-    for _ in run:
+    run, steps = _start(model, request, options)
+    for _ in steps:
         pass
-    output = run.output(_pad_id(model, pad_token_id))
+    output = _output(run, _pad_id(model, pad_token_id))
     if factorization is None:
         output = _as_continuations(output, input_ids, request)
     output = output.map(lambda tensor: tensor.to(input_ids.device))
@@ -272,11 +126,11 @@ def stream(
     With prompts, T of the last two is the longest prompt and max_new_tokens, counted from each prompt's first token.
     """
     request = _request(model, input_ids, factorization, policy, max_new_tokens, attention_mask)
-    return _commits(_start(model, request, options))
+    return _commits(_start(model, request, options)[1])
 
 
-def _commits(run: _Run) -> Iterator[Commit]:
-    for step in run:
+def _commits(steps: Iterator[Step]) -> Iterator[Commit]:
+    for step in steps:
         rows = zip(step.row.tolist(), step.column.tolist(), step.token.tolist(), step.log_prob.tolist(), strict=True)
         for row, column, token, log_prob in rows:
             yield Commit(row, column, token, log_prob, step.step)
@@ -325,7 +179,7 @@ def _request(
     return _Request(model.check_input(ids, order), order, policy, lengths)
 
 
-def _start(model: AnyOrderForCausalLM, request: _Request, options: dict[str, Any]) -> _Run:
+def _start(model: AnyOrderForCausalLM, request: _Request, options: dict[str, Any]) -> tuple[Run, Iterator[Step]]:
     check_options(options, _start_checked, "max_new_tokens", "pad_token_id")
     return _start_checked(model, request, **options)
 
@@ -343,18 +197,49 @@ def _start_checked(
     eos_token_id: int | Sequence[int] | None = None,
     allowed_tokens: AllowedTokens | None = None,
     forced_ids: Tensor | None = None,
-) -> _Run:
+) -> tuple[Run, Iterator[Step]]:
     if do_sample is None:
         do_sample = any(value is not None for value in (temperature, top_k, top_p, min_p, generator))
-    factorization = request.factorization
+    policy, factorization = request.policy, request.factorization.to("cpu")
+    if int(factorization.documents.max()):
+        raise ValueError("decoding takes one document a row: unstack the packed factorization first")
     sampler = Sampler(do_sample, temperature, top_k, top_p, min_p, repetition_penalty, allowed_tokens)
-    uniform = torch.zeros(request.ids.shape)
-    if do_sample:
-        uniform = uniforms(factorization.lengths.tolist(), factorization.length, generator)
+    _check_tokens(model, factorization, forced_ids, allowed_tokens)
     ends = (
         _end_ids(model) if eos_token_id is None else torch.as_tensor(eos_token_id, dtype=torch.int64).flatten().tolist()
     )
-    return _Run(model, request.ids, factorization, request.policy, sampler, uniform, ends, forced_ids)
+    numbers = _uniforms(factorization, generator, do_sample or policy.chooses_at_random)
+    run = Run(model, request.ids, policy.prepare(factorization), sampler, numbers, ends, forced_ids)
+    return run, run.steps_of(policy.rounds(run))
+
+
+def _uniforms(factorization: Factorization, generator: Generators, needed: bool) -> Uniforms:
+    if not needed:
+        zero = torch.zeros(factorization.group_ids.shape, dtype=torch.float64)
+        return Uniforms(zero, zero, zero, zero)
+    lengths, columns = factorization.lengths.tolist(), factorization.length
+    sources = row_generators(generator, len(lengths))
+    draw, choice, draft, accept = (uniforms(lengths, columns, sources) for _ in range(4))
+    return Uniforms(draw, choice, draft, accept)
+
+
+def _check_tokens(
+    model: AnyOrderForCausalLM, factorization: Factorization, forced_ids: Tensor | None, allowed: AllowedTokens | None
+) -> None:
+    vocabulary, shape = model.vocabulary_size, factorization.group_ids.shape
+    if forced_ids is not None:
+        check_ids("forced_ids", forced_ids)
+        bad = (forced_ids != FREE) & ((forced_ids < 0) | (forced_ids >= vocabulary))
+        if bool(bad.any()):
+            raise ValueError(f"forced_ids holds {int(forced_ids[bad][0])}: neither {FREE} nor a token id")
+    if allowed is not None and allowed.masks.shape[1] != vocabulary:
+        raise ValueError(f"allowed_tokens has masks over {allowed.masks.shape[1]} tokens, not {vocabulary}")
+    for name, tensor in (
+        ("forced_ids", forced_ids),
+        ("allowed_tokens.index", None if allowed is None else allowed.index),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the factorization {tuple(shape)}")
 
 
 def _end_ids(model: AnyOrderForCausalLM) -> list[int]:
@@ -368,6 +253,16 @@ def _pad_id(model: AnyOrderForCausalLM, pad_token_id: int | None) -> int:
     config = model.generation_config
     own = None if config is None else config.pad_token_id
     return int(next(value for value in (pad_token_id, own, *_end_ids(model), 0) if value is not None))
+
+
+def _output(run: Run, pad_id: int) -> GenerateOutput:
+    keep = run.known & (run.every <= run.end[:, None])
+    return GenerateOutput(
+        sequences=torch.where(keep, run.ids, pad_id),
+        log_probs=torch.where(keep, run.log_probs, 0.0),
+        steps=torch.where(keep, run.steps, ABSENT),
+        forwards=run.forwards,
+    )
 
 
 def _as_continuations(output: GenerateOutput, input_ids: Tensor, request: _Request) -> GenerateOutput:

@@ -137,7 +137,7 @@ class Arrangement:
         return self, group_start.gather(1, self.ranks[:, :T])
 
     def append(self, columns: Tensor, counts: Tensor) -> None:
-        """Give the next ranks to `counts[b]` columns of each row.
+        """Give the next ranks to `counts[b]` columns of each row, as one group.
 
         Args:
             columns: (B, C) int64, ascending along a row; entries from `counts[b]` on are ignored.
@@ -153,6 +153,11 @@ class Arrangement:
         self.ranks.scatter_(1, columns, rank)
         self.ends.scatter_(1, rank, self.counts[:, None].expand_as(rank))
         self.reach.scatter_(1, rank, reach)
+
+    def retract(self, counts: Tensor) -> None:
+        """Take back the ranks from `counts[b]` on."""
+        self.ranks.masked_fill_(self.ranks >= counts[:, None], self.spare)
+        self.counts = counts
 
     # ------------------------------------------------------------------ rows
 

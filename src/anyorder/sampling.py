@@ -96,19 +96,19 @@ class Sampler:
                 processors.append(processor(value))
         return processors
 
-    def process(self, logits: Tensor, known: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    def process(self, logits: Tensor, visible: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """(N, V) logits after every setting; what may not be drawn is -inf.
 
         Args:
             logits: (N, V) float32.
-            known: (B, T) int64: the tokens visible to the prediction; unknown places repeat a visible one.
+            visible: (N, any) int64: the tokens visible to each prediction, in any order, repeated or not.
             row, column: (N,) int64: where each prediction belongs.
         """
         if self.allowed is not None:
             masks = self.allowed.masks.to(logits.device)[self.allowed.index[row, column].to(logits.device)]
             logits = logits.masked_fill(~masks, -torch.inf)
         processors = self._processors()
-        return processors(known[row].to(logits.device), logits) if processors else logits
+        return processors(visible.to(logits.device), logits) if processors else logits
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """(N,) tokens: the argmax, or the inverse of the cumulative distribution at `uniform` in [0, 1).
@@ -119,9 +119,19 @@ class Sampler:
         """
         if not self.do_sample:
             return logits.argmax(dim=-1)
-        cumulative = logits.softmax(dim=-1, dtype=torch.float32).double().cumsum(dim=-1)
-        threshold = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+        return inverse_cdf(logits.softmax(dim=-1, dtype=torch.float32), uniform)
+
+
+def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """(N,) tokens: the inverse of the cumulative distribution at (N,) `uniform` in [0, 1).
+
+    Args:
+        weights: (N, V), at least 0, not all 0; they need not sum to 1.
+        uniform: (N,) float64.
+    """
+    cumulative = weights.double().cumsum(dim=-1)
+    threshold = uniform.to(weights.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:

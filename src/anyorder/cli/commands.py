@@ -12,6 +12,7 @@ from anyorder.cli.options import (
     add_device,
     add_model,
     add_order,
+    add_policy,
     add_sampling,
     add_texts,
     load_model,
@@ -102,6 +103,7 @@ def add_generate(subparsers: Any) -> None:
     add_model(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default: 64")
     parser.add_argument("--group-size", type=positive, default=1, metavar="N", help="tokens a forward; default: 1")
+    add_policy(parser)
     add_sampling(parser)
 
 
@@ -111,6 +113,8 @@ def _generate(options: argparse.Namespace) -> None:
     from anyorder import policies
     from anyorder.pieces import Pieces
 
+    if options.policy is not None and options.group_size != 1:
+        raise ValueError(f"--group-size {options.group_size} and --policy both say what a step commits: choose one")
     texts = read_texts(options)
     model, tokenizer = load_model(options)
     pieces = Pieces(tokenizer)
@@ -119,7 +123,7 @@ def _generate(options: argparse.Namespace) -> None:
         output = model.generate(
             torch.tensor([ids]),
             max_new_tokens=options.max_new_tokens,
-            policy=policies.groupwise(options.group_size),
+            policy=options.policy or policies.groupwise(options.group_size),
             return_dict_in_generate=True,
             **sampling_options(options, number),
         )
@@ -149,6 +153,7 @@ def add_infill(subparsers: Any) -> None:
         help="tokens of every blank, or one number for each; default: 8",
     )  # fmt: skip
     add_order(parser)
+    add_policy(parser)
     parser.add_argument("--special-tokens", action="store_true", help="allow special tokens inside a blank")
     add_sampling(parser)
 
@@ -170,7 +175,7 @@ def _infill(options: argparse.Namespace) -> None:
     for number, text in enumerate(progress(texts)):
         filled = infiller(
             text, blank=options.blank, length=length, group_size=options.group_size, order=options.order,
-            special_tokens=options.special_tokens, **sampling_options(options, number),
+            policy=options.policy, special_tokens=options.special_tokens, **sampling_options(options, number),
         )  # fmt: skip
         if options.json:
             spans = [vars(span) for span in filled.spans]

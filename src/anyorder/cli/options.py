@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from anyorder.modeling import AnyOrderForCausalLM
+    from anyorder.policies import Policy
 
 
 def add_command(subparsers: Any, name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
@@ -60,6 +61,24 @@ def add_order(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--order", choices=("left_to_right", "random"), default="left_to_right", help="default: left_to_right"
     )
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """Which positions each step commits."""
+    parser.add_argument(
+        "--policy", type=_policy, metavar="NAME[:OPTION=VALUE,...]",
+        help="groupwise, dynamic (criterion, step_size, threshold, entropy_budget, window, reencode) or speculative "
+        "(draft, draft_length), for example dynamic:criterion=entropy,step_size=4",
+    )  # fmt: skip
+
+
+def _policy(text: str) -> Policy:
+    from anyorder import policies
+
+    try:
+        return policies.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

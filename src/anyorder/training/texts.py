@@ -136,18 +136,22 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_lengt
 
 
 def _records(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
-    found = [cut for text in batch["text"] if isinstance(text, str) for cut in _cut(text, tokenizer, max_length)]
+    first = Pieces(tokenizer).start_token()  # reads the whole vocabulary: once a batch, not once a text
+    texts = [text for text in batch["text"] if isinstance(text, str)]
+    found = [cut for text in texts for cut in _cut(text, tokenizer, max_length, first)]
     ids = [ids for ids, _ in found]
     return {"ids": ids, "sentence_starts": [starts for _, starts in found], "length": [len(own) for own in ids]}
 
 
-def _cut(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids, start token included, and sentence starts of each document of a text."""
+def _cut(
+    text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, first: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids, the start token `first` included, and sentence starts of each document of a text."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]]
     marks = [0] + [match.end() for match in _SENTENCE.finditer(text)]
     starts = sorted({_first_token(offsets, mark, text) for mark in marks} - {len(ids)})
-    begin, first = 0, Pieces(tokenizer).start_token()
+    begin = 0
     while begin < len(ids):
         end = min(begin + max_length - 1, len(ids))
         inside = [s for s in starts if begin < s <= end]

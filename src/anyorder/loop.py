@@ -1,0 +1,196 @@
+"""The decode loop: one forward a step, tokens committed after each.
+
+Each step forwards the content rows of what was just committed together with the query rows that this step's `Rounds`
+ask for, then settles what to commit. Keys and values are stored in generation order and never touched again, so the
+log-probabilities equal those of one parallel forward over the finished text (`cached == parallel`).
+
+This module knows token ids, ranks and the cache. Which positions come next is a policy's business (`policies`,
+`speculation`); requests and results are `decoding`'s.
+
+Shapes: B batch, T columns, Q query rows asked for, N evaluated positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from anyorder.cache import KeyValueStore
+from anyorder.factorization import ABSENT, Factorization
+from anyorder.layout import Arrangement, compact, join
+from anyorder.sampling import Sampler
+
+if TYPE_CHECKING:
+    from anyorder.modeling import AnyOrderForCausalLM
+
+FREE = -100
+"""In `forced_ids`: the position is drawn, not forced (the id that Hugging Face ignores in labels)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step committed; `row`, `column`, `token`, `log_prob` are (N,), on the CPU."""
+
+    row: Tensor
+    column: Tensor
+    token: Tensor
+    log_prob: Tensor
+    step: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Positions to evaluate in one forward. All (B, Q)."""
+
+    columns: Tensor
+    used: Tensor
+    """False: padding."""
+    hi: Tensor
+    """The rank up to which each reads."""
+
+
+@dataclass(frozen=True)
+class Uniforms:
+    """Random numbers, one of each kind a position, (B, T) float64 in [0, 1): drawn before decoding begins, so that a
+    row's result depends neither on its batch mates nor on the steps that its batch takes."""
+
+    draw: Tensor
+    choice: Tensor
+    """For policies that choose at random."""
+    draft: Tensor
+    accept: Tensor
+
+
+class Rounds(ABC):
+    """A policy at work on one run: what to evaluate, and what to commit of it."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    @abstractmethod
+    def ask(self) -> Asked:
+        """What the next forward evaluates, at least one open position of every row that has any."""
+
+    @abstractmethod
+    def settle(self, asked: Asked, hidden: Tensor, source: Tensor) -> Step:
+        """Commit at least one token of every row with open positions.
+
+        Args:
+            asked: from `ask`.
+            hidden: (B, R, E) of the forward.
+            source: (B, Q) int64: the row of `hidden` that predicts each asked position.
+        """
+
+
+class Run:
+    """The state of one decoding run, and the loop over it.
+
+    Attributes:
+        ids: (B, T) int64, filled in place.
+        known: (B, T) bool: given or committed.
+        is_open: (B, T) bool: still to be filled.
+        tokens: the arrangement in generation order.
+        first, count: (B,) ranks whose content rows the next forward has to compute.
+    """
+
+    def __init__(
+        self,
+        model: AnyOrderForCausalLM,
+        input_ids: Tensor,
+        factorization: Factorization,
+        sampler: Sampler,
+        uniforms: Uniforms,
+        end_ids: Sequence[int],
+        forced_ids: Tensor | None,
+    ):
+        self.model, self.sampler, self.uniforms = model, sampler, uniforms
+        self.factorization = factorization
+        self.forced = None if forced_ids is None else forced_ids.cpu()
+        self.end_ids = torch.tensor(list(end_ids), dtype=torch.int64)
+        self.ids = input_ids.masked_fill(self.factorization.is_predicted, 0)
+        self.is_open = self.factorization.is_predicted
+        self.known = self.factorization.is_given
+        self.steps = self.factorization.group_ids.clamp(max=-1).masked_fill(self.is_open, ABSENT)
+        self.log_probs = torch.zeros(self.ids.shape)
+        self.every = torch.arange(self.ids.shape[1]).expand_as(self.ids)
+        self.last_given = (self.every * self.known).amax(dim=1)
+        self.end = torch.full_like(self.last_given, self.ids.shape[1])  # column of the earliest committed end
+        self.forwards = 0
+        self.encode_anew()
+
+    def encode_anew(self) -> None:
+        """Start from an empty cache: all that is known becomes one group, in the order of positions."""
+        self.tokens = Arrangement(self.ids, self.factorization, self.model.recipe)
+        self.store = KeyValueStore(self.ids.shape[1])
+        self.first = torch.zeros_like(self.tokens.counts)
+        self.append(self.known)
+
+    def append(self, committed: Tensor) -> None:
+        """(B, T) bool: columns that come next in generation order, as one group; their content rows are due."""
+        self.first, self.count = self.tokens.counts, committed.sum(dim=1)
+        self.tokens.append(compact(committed)[0], self.count)
+
+    @torch.inference_mode()  # a few per cent faster than no_grad; what leaves is made outside of it
+    def steps_of(self, rounds: Rounds) -> Iterator[Step]:
+        """The loop."""
+        while bool(self.is_open.any()):
+            asked = rounds.ask()
+            hidden, source = self._forward(asked)
+            yield rounds.settle(asked, hidden, source)
+
+    def _forward(self, asked: Asked) -> tuple[Tensor, Tensor]:
+        """(B, R, E) hidden states, and (B, Q) which of them predicts each asked position."""
+        # The content row of the last token that a position reads may predict it, if it is in this very forward.
+        free = asked.used & self.tokens.free(asked.columns, asked.hi) & (asked.hi > self.first[:, None])
+        index, used, place = compact(asked.used & ~free)
+        content = self.tokens.content(self.first, self.count)
+        query = self.tokens.queries(asked.columns.gather(1, index), used, asked.hi.gather(1, index))
+        rows = join(content, query)
+        hidden = self.model.hidden_rows(rows, self.tokens.columns, self.store)
+        self.forwards += 1
+        return hidden, torch.where(free, asked.hi - 1 - self.first[:, None], rows.content_count + place)
+
+    def logits(self, hidden: Tensor, row: Tensor, source: Tensor) -> Tensor:
+        """(N, V) float32 of some rows of a forward."""
+        return self.model.head(hidden[row.to(hidden.device), source.to(hidden.device)]).float()
+
+    def processed(self, logits: Tensor, row: Tensor, column: Tensor, hi: Tensor) -> Tensor:
+        """(N, V) logits after the sampler's settings, which may look at the tokens that each prediction reads."""
+        visible = self.ids[row, :1]
+        if self.sampler.repetition_penalty is not None:
+            read = self.tokens.ranks[row, : self.ids.shape[1]] < hi[:, None]
+            some = self.ids[row].gather(1, read.to(torch.int8).argmax(dim=1, keepdim=True))
+            visible = torch.where(read, self.ids[row], some)
+        return self.sampler.process(logits, visible, row, column)
+
+    def commit(self, row: Tensor, column: Tensor, token: Tensor, log_prob: Tensor) -> Step:
+        """Write the tokens down; what lies behind a new end is no longer open."""
+        self.ids[row, column] = token
+        self.log_probs[row, column] = log_prob
+        self.steps[row, column] = self.forwards - 1
+        committed = torch.zeros_like(self.is_open)
+        committed[row, column] = True
+        self.known = self.known | committed
+        self.is_open = self.is_open & ~committed
+        ends = self.is_end(row, column, token)
+        if bool(ends.any()):
+            self.end.scatter_reduce_(0, row[ends], column[ends], "amin")
+            self.is_open &= self.every < self.end[:, None]
+        return Step(row, column, token, log_prob, self.forwards - 1)
+
+    def is_end(self, row: Tensor, column: Tensor, token: Tensor) -> Tensor:
+        """Whether tokens end their rows: end ids behind the last given token that were not forced."""
+        ends = torch.isin(token, self.end_ids) & (column > self.last_given[row])
+        return ends if self.forced is None else ends & (self.forced[row, column] == FREE)
+
+    def or_forced(self, token: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """The forced tokens where there are any, else those given."""
+        if self.forced is None:
+            return token
+        forced = self.forced[row, column].to(token.device)
+        return torch.where(forced == FREE, token, forced)

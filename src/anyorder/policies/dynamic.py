@@ -1,0 +1,111 @@
+"""Dynamic resampling: each step commits the open positions that the model is surest of.
+
+Every open position is evaluated (or those of a window), and a criterion of its logits alone picks which are committed:
+the tokens are drawn afterwards, so the likelihood of the result is the product of the steps' probabilities.
+
+Shapes: B batch, T columns, N evaluated positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from anyorder.factorization import Factorization
+from anyorder.policies.base import GroupPolicy
+
+Criterion = Literal["confidence", "entropy", "margin", "random"]
+
+
+@dataclass(frozen=True)
+class Dynamic(GroupPolicy):
+    """Dynamic resampling (A3, arXiv 2601.13228, Algorithm 2).
+
+    Args:
+        criterion: what makes a position sure: "confidence", the probability of its likeliest token; "entropy", little
+            of it, in nats; "margin", the probability of its likeliest token less that of the next; "random", nothing.
+        step_size: positions that a step commits in each row. Default 1, if nothing else says how many.
+        threshold: instead: all positions above it ("entropy": below it), and at least the surest one.
+        entropy_budget: instead: the surest positions, as long as the entropies of those in front of each add up to at
+            most so many nats: with "entropy", the rule of arXiv 2505.24857.
+        window: evaluate only the first so many open positions of each row, which costs less. None: all.
+        reencode: encode all finished tokens anew before each step, as one group. In a model of the paper's recipe they
+            then read each other on both sides, as published; slower, and no longer one cached pass: the likelihood of
+            the result is that of the steps, not that of one factorization.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+
+    criterion: Criterion = "confidence"
+    step_size: int | None = None
+    threshold: float | None = None
+    entropy_budget: float | None = None
+    window: int | None = None
+    reencode: bool = False
+
+    def __post_init__(self) -> None:
+        if self.criterion not in get_args(Criterion):
+            raise ValueError(f"criterion must be one of {', '.join(get_args(Criterion))}, got {self.criterion!r}")
+        how_many = {name: getattr(self, name) for name in ("step_size", "threshold", "entropy_budget")}
+        said = [f"{name}={value}" for name, value in how_many.items() if value is not None]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} each say how many positions a step commits: choose one")
+        for name in ("step_size", "window"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        for name in ("threshold", "entropy_budget"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        if self.entropy_budget is not None and self.entropy_budget < 0:
+            raise ValueError(f"entropy_budget must be at least 0, got {self.entropy_budget}")
+        if self.threshold is not None and self.criterion == "random":
+            raise ValueError(f"threshold={self.threshold} means nothing with criterion='random': use step_size")
+
+    @property
+    def chooses_at_random(self) -> bool:  # type: ignore[override]
+        return self.criterion == "random"
+
+    def ask(self, factorization: Factorization, is_open: Tensor) -> Tensor:
+        return is_open if self.window is None else is_open & (is_open.cumsum(dim=1) <= self.window)
+
+    def choose(self, logits: Tensor, row: Tensor, column: Tensor, uniform: Tensor) -> Tensor:
+        log_probs = logits.log_softmax(dim=-1)
+        sureness = self._sureness(log_probs, uniform)
+        # Surest first within each row; among equals the left one.
+        order = sureness.argsort(descending=True, stable=True)
+        order = order[row[order].argsort(stable=True)]
+        new = torch.ones_like(row, dtype=torch.bool)
+        new[1:] = row[order][1:] != row[order][:-1]
+        place = torch.arange(len(row))
+        surest = new.nonzero()[:, 0][new.cumsum(dim=0) - 1]  # where each one's row begins
+        if self.threshold is not None:
+            bound = -self.threshold if self.criterion == "entropy" else self.threshold
+            within = sureness[order] > bound
+        elif self.entropy_budget is not None:
+            entropy = _entropy(log_probs)[order].double()
+            before = entropy.cumsum(dim=0) - entropy
+            within = before - before[surest] <= self.entropy_budget
+        else:
+            within = place - surest < (self.step_size or 1)
+        chosen = torch.empty_like(new)
+        chosen[order] = within | new
+        return chosen
+
+    def _sureness(self, log_probs: Tensor, uniform: Tensor) -> Tensor:
+        """(N,) float on the CPU: the greater, the sooner."""
+        if self.criterion == "random":
+            return uniform
+        if self.criterion == "entropy":
+            return -_entropy(log_probs)
+        best = log_probs.topk(2, dim=-1).values.exp().cpu()
+        return best[:, 0] if self.criterion == "confidence" else best[:, 0] - best[:, 1]
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return torch.special.entr(log_probs.exp()).sum(dim=-1).cpu()

@@ -1,0 +1,200 @@
+"""Exact speculative decoding in any order: several tokens a forward, drawn as if one at a time.
+
+Any-order speculative decoding is from arXiv 2504.20456, which needs two forwards a round; here one forward verifies
+the drafts of this round and makes those of the next. It holds the content rows of the last token and of the drafts,
+each reading up to itself; a query row for each draft's position, reading all drafts before it, whose distribution pi is
+the model's own; and, for each number of drafts that may turn out accepted, query rows that draft what follows.
+
+A draft d from a distribution q is accepted with probability min(1, pi(d) / q(d)); at the first that is not, the token
+is drawn from what is left of pi, max(pi - q, 0); if all are, one more is drawn from pi (arXiv 2211.17192). So what is
+committed is distributed as pi, whatever q is: q changes the number of forwards alone.
+
+Shapes: B batch, T columns, K drafts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from anyorder.factorization import Factorization
+from anyorder.loop import FREE, Asked, Rounds, Run, Step
+from anyorder.policies.base import Policy
+from anyorder.policies.drafts import Drafts, DraftSource, NgramDrafts, QueryDrafts
+from anyorder.sampling import inverse_cdf, token_log_probs
+
+_LATER = torch.iinfo(torch.int64).max
+_SOURCES: dict[str, type[DraftSource]] = {"query": QueryDrafts, "ngram": NgramDrafts}
+LONGEST_AUTO = 8
+"""Drafts a round at most with draft_length="auto"."""
+
+
+@dataclass(frozen=True)
+class Speculative(Policy):
+    """The factorization's order, one token at a time in distribution, in as many forwards as tokens or fewer.
+
+    Args:
+        draft: "query": the model's own query rows guess; "ngram": what followed the same tokens elsewhere in the text,
+            which costs nothing and pays on code and repetition.
+        draft_length: guesses a round; or "auto": each row one more after all of its guesses were accepted, one fewer
+            after less than half of them were.
+
+    The greedy result is that of one at a time, token for token. The steps of the result count forwards: tokens of one
+    step were not drawn independently; the likelihood is that of the order, one token at a time.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+
+    draft: Literal["query", "ngram"] = "query"
+    draft_length: int | Literal["auto"] = 2
+
+    def __post_init__(self) -> None:
+        if self.draft not in _SOURCES:
+            raise ValueError(f"draft must be one of {', '.join(_SOURCES)}, got {self.draft!r}")
+        length = self.draft_length
+        if length != "auto" and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+            raise ValueError(f"draft_length must be a whole number, at least 1, or 'auto', got {length!r}")
+
+    def prepare(self, factorization: Factorization) -> Factorization:
+        return factorization.regroup(1)
+
+    def rounds(self, run: Run) -> Rounds:
+        return _Rounds(self, run)
+
+
+class _Rounds(Rounds):
+    def __init__(self, policy: Speculative, run: Run):
+        super().__init__(run)
+        B = len(run.ids)
+        self.auto = policy.draft_length == "auto"
+        length = 2 if policy.draft_length == "auto" else policy.draft_length
+        self.source = _SOURCES[policy.draft]()
+        self.wanted = torch.full((B,), length)
+        self.drafts = Drafts.none(B)
+
+    def _next(self, count: int, visible: Tensor) -> Asked:
+        """The next `count` open positions of each row, in order; each reads one rank more than the one before."""
+        run = self.run
+        group = torch.where(run.is_open, run.factorization.group_ids, _LATER)
+        value, columns = group.topk(min(count, group.shape[1]), dim=1, largest=False)
+        return Asked(columns, value != _LATER, visible[:, None] + torch.arange(columns.shape[1]))
+
+    def ask(self) -> Asked:
+        run, drafts = self.run, self.drafts
+        K = drafts.tokens.shape[1]
+        self.visible = run.tokens.counts
+        self.order = self._next(K + 1 + int(self.wanted.max()), self.visible)
+        for k in range(K):  # each a group of its own
+            column, one = self.order.columns[:, k], (k < drafts.counts).long()
+            row = one.nonzero()[:, 0]
+            run.ids[row, column[row]] = drafts.tokens[row, k]
+            run.tokens.append(column[:, None], one)
+        run.count = run.count + drafts.counts
+        self.verified = Asked(*(part[:, : K + 1] for part in (self.order.columns, self.order.used, self.order.hi)))
+        offset = torch.arange(self.verified.columns.shape[1])
+        self.verified = Asked(
+            self.verified.columns, self.verified.used & (offset <= drafts.counts[:, None]), self.verified.hi
+        )
+        self.rows = self.source.rows(self.order, drafts, self.wanted)
+        every = [self.verified, *self.rows]
+        columns, used, hi = (
+            torch.cat([getattr(asked, name) for asked in every], dim=1) for name in ("columns", "used", "hi")
+        )
+        return Asked(columns, used, hi.where(used, 1))
+
+    def settle(self, asked: Asked, hidden: Tensor, source: Tensor) -> Step:
+        run, drafts = self.run, self.drafts
+        widths = [part.columns.shape[1] for part in (self.verified, *self.rows)]
+        own, *others = source.split(widths, dim=1)
+        row, place = self.verified.used.nonzero(as_tuple=True)
+        column = self.verified.columns[row, place]
+        logits = run.logits(hidden, row, own[row, place])
+        accepted, token = self._verify(logits, row, column)
+
+        # Row b commits its first accepted[b] drafts and, where a position is left, the token drawn behind them.
+        tokens = torch.nn.functional.pad(drafts.tokens, (0, 1))[:, : self.verified.columns.shape[1]]
+        offset = torch.arange(tokens.shape[1])
+        tokens = torch.where(offset == accepted[:, None], token[:, None], tokens)
+        committed = self.verified.used & (offset <= accepted[:, None])
+        committed &= self._not_behind_an_end(tokens, committed)
+        kept = committed.sum(dim=1).minimum(accepted)
+        drew = committed.sum(dim=1) > accepted
+        chosen = committed[row, place]
+        row, column, token = row[chosen], column[chosen], tokens[committed]
+        log_probs = token_log_probs(logits[chosen.to(logits.device)], token.to(logits.device))
+        step = run.commit(row, column, token, log_probs.cpu())
+
+        run.tokens.retract(self.visible + kept)
+        run.first, run.count = run.tokens.counts, drew.long()
+        drawn = self.order.columns.gather(1, accepted[:, None].clamp(max=self.order.columns.shape[1] - 1))
+        run.tokens.append(drawn, run.count)
+        if self.auto:
+            self._adapt(accepted)
+        order = self._next(int(self.wanted.max()), run.tokens.counts)
+        wanted = torch.arange(order.columns.shape[1]) < self.wanted[:, None]
+        order = Asked(order.columns, order.used & wanted, order.hi)
+        self.drafts = self.source.propose(run, self.rows, hidden, others, accepted.where(drew, -1), order)
+        return step
+
+    def _verify(self, logits: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) how many drafts are accepted, and (B,) the token behind them (anything where no position is left)."""
+        run, drafts, used = self.run, self.drafts, self.verified.used
+        B, K = drafts.tokens.shape
+        processed = run.processed(logits, row, column, self.verified.hi[used])
+        number = torch.zeros(used.shape, dtype=torch.int64)  # of each verified position among the N
+        number[used] = torch.arange(len(row))
+        columns = self.verified.columns
+        held = torch.arange(K) < drafts.counts[:, None]
+        every = torch.arange(B)
+        if not run.sampler.do_sample:
+            best = processed.argmax(dim=-1).cpu()
+            accept = best[number[:, :K]] == drafts.tokens
+        else:
+            pi = processed.softmax(dim=-1, dtype=torch.float32)
+            at = drafts.tokens.to(pi.device)
+            p = pi[number[:, :K].to(pi.device), at].double()
+            q = torch.ones_like(p)
+            if drafts.probs is not None:
+                q = drafts.probs.gather(2, at[:, :, None])[:, :, 0].double()
+            accept = (run.uniforms.accept.gather(1, columns[:, :K]).to(p.device) * q < p).cpu()
+        if run.forced is not None:  # a forced token is its own draft, and the only one that is accepted
+            forced = run.forced.gather(1, columns[:, :K])
+            accept = torch.where(forced == FREE, accept, forced == drafts.tokens)
+        accepted = (held & accept).long().cumprod(dim=1).sum(dim=1)
+        final = accepted.clamp(max=used.shape[1] - 1)
+        last, column = number[every, final], columns[every, final]
+        if not run.sampler.do_sample:
+            return accepted, run.or_forced(best[last], every, column)
+        rejected = (accepted < drafts.counts).nonzero()[:, 0]
+        weights = pi[last.to(pi.device)]
+        if len(rejected):
+            weights[rejected] = self._left(weights[rejected], rejected, accepted[rejected])
+        token = inverse_cdf(weights, run.uniforms.draw[every, column]).cpu()
+        return accepted, run.or_forced(token, every, column)
+
+    def _left(self, pi: Tensor, row: Tensor, place: Tensor) -> Tensor:
+        """What a rejection leaves of pi: max(pi - q, 0)."""
+        if self.drafts.probs is None:
+            left = pi.scatter(1, self.drafts.tokens[row, place][:, None].to(pi.device), 0.0)
+        else:
+            left = (pi - self.drafts.probs[row, place]).clamp(min=0)
+        return torch.where(left.sum(dim=1, keepdim=True) > 0, left, pi)  # pi == q, but for rounding
+
+    def _not_behind_an_end(self, tokens: Tensor, committed: Tensor) -> Tensor:
+        """(B, K + 1) bool: True up to the first position that an end committed before it in this round closes."""
+        run, columns = self.run, self.verified.columns
+        T = run.ids.shape[1]
+        row = torch.arange(len(columns))[:, None].expand_as(columns)
+        ends = run.is_end(row.flatten(), columns.flatten(), tokens.flatten()).view(columns.shape)
+        end = torch.where(ends & committed, columns, T).cummin(dim=1).values
+        before = torch.nn.functional.pad(end[:, :-1], (1, 0), value=T)
+        return (columns <= before).long().cumprod(dim=1).bool()
+
+    def _adapt(self, accepted: Tensor) -> None:
+        held = self.drafts.counts
+        more, fewer = (accepted == held) & (held > 0), 2 * accepted < held
+        self.wanted = (self.wanted + more.long() - fewer.long()).clamp(1, LONGEST_AUTO)

@@ -1,0 +1,345 @@
+"""Policies: each commits what it says, in the model's own distribution."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from anyorder import AnyOrderForCausalLM, Factorization, policies
+from anyorder.adapters import Adapter
+from anyorder.sampling import AllowedTokens, Sampler
+from architectures import ARCHITECTURES, RECIPES, VOCABULARY, base_model, converted
+from factorizations import rows
+from test_decoding import IDS, T, exactly, generator, p_value, run
+
+CRITERIA = ("confidence", "entropy", "margin", "random")
+
+
+def decoded_alone(model, row, part, seed, **options):
+    return run(model, row, part, generator=[generator(seed)], **options)
+
+
+# ---------------------------------------------------------------------- dynamic
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@given(
+    parts=st.lists(rows(max_length=T), min_size=1, max_size=3),
+    criterion=st.sampled_from(CRITERIA),
+    how_many=st.sampled_from([{}, {"step_size": 3}, {"entropy_budget": 3.0}]),
+    window=st.sampled_from([None, 1, 4]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_dynamic_is_scored_exactly_and_every_row_by_itself(recipe, parts, criterion, how_many, window):
+    model, order = converted("llama", recipe), Factorization.stack(parts)
+    policy = policies.dynamic(criterion, **how_many, window=window)
+    ids = IDS[: len(parts), : order.length]
+    output = run(model, ids, order, policy=policy, generator=[generator(b) for b in range(len(parts))])
+    steps = Factorization(output.steps)  # the order that came about is a factorization, and its likelihood exact
+    torch.testing.assert_close(output.log_probs, model.log_likelihood(output.sequences, steps), atol=1e-5, rtol=0)
+    for b, part in enumerate(parts):
+        alone = decoded_alone(model, ids[b : b + 1, : part.length], part, b, policy=policy)
+        assert torch.equal(alone.sequences[0], output.sequences[b, : part.length])
+        assert torch.equal(alone.steps[0], output.steps[b, : part.length])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_dynamic_commits_the_surest_positions(criterion):
+    """Against a plain loop over Python floats."""
+    V = 6
+    logits = torch.randn(9, V, generator=generator(2)) * 2
+    row = torch.tensor([0] * 4 + [1] * 5)
+    uniform = torch.rand(9, generator=generator(3), dtype=torch.float64)
+    p = logits.softmax(-1).double()
+    top = p.sort(descending=True).values
+    entropy = -(p * p.log()).sum(-1)
+    sureness = {
+        "confidence": top[:, 0], "entropy": -entropy, "margin": top[:, 0] - top[:, 1], "random": uniform
+    }[criterion]  # fmt: skip
+
+    def expected(rule):
+        out = torch.zeros(9, dtype=torch.bool)
+        for members in ([0, 1, 2, 3], [4, 5, 6, 7, 8]):
+            members = sorted(members, key=lambda i: -float(sureness[i]))
+            for place, i in enumerate(members):
+                out[i] = place == 0 or rule(place, i, members[:place])
+        return out
+
+    def chosen(**options):
+        return policies.dynamic(criterion, **options).choose(logits, row, torch.arange(9), uniform)
+
+    assert torch.equal(chosen(), expected(lambda place, i, before: False))
+    assert torch.equal(chosen(step_size=3), expected(lambda place, i, before: place < 3))
+    budget = expected(lambda place, i, before: sum(float(entropy[j]) for j in before) <= 2.0)
+    assert torch.equal(chosen(entropy_budget=2.0), budget)
+    if criterion != "random":
+        bound = float(sureness.sort().values[4:6].mean())  # between two of them
+        at_least = chosen(threshold=-bound if criterion == "entropy" else bound)
+        assert torch.equal(at_least, expected(lambda place, i, before: float(sureness[i]) > bound))
+        assert 2 < at_least.sum() < 9
+
+
+def test_random_one_at_a_time_is_the_models_own_random_order_sampling():
+    model = converted("llama", vocabulary=3)
+    outcomes = torch.tensor([[1, *rest] for rest in itertools.product(range(3), repeat=3)])
+    orders = [Factorization.from_groups([[0], *([i] for i in order)]) for order in itertools.permutations((1, 2, 3))]
+    exact = torch.stack(
+        [model.log_likelihood(outcomes, Factorization.stack([order] * 27)).sum(1).exp() for order in orders]
+    )
+    N = 20_000
+    order = Factorization.stack([Factorization.from_groups([[0], [1, 2, 3]])] * N)
+    start = torch.ones(N, 4, dtype=torch.int64)
+    output = run(model, start, order, policy=policies.dynamic("random"), generator=generator(4))
+    index = (output.sequences[:, 1:] * torch.tensor([9, 3, 1])).sum(1)
+    assert p_value(torch.bincount(index, minlength=27), exact.mean(0).double() * N) > 0.01
+    seen = torch.bincount((output.steps[:, 1:] * torch.tensor([9, 3, 1])).sum(1), minlength=27)
+    assert p_value(seen[seen > 0].repeat(2), torch.full((12,), N / 6)) > 0.01  # each order as often
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_reencoding_equals_its_slow_twin(architecture, recipe):
+    """Algorithm 2 as published: each step is a forward of its own over everything that is finished."""
+    model = converted(architecture, recipe)
+    order = Factorization.stack([Factorization.random(n, 2, given=2, generator=generator(n)) for n in (T, 7)])
+    policy = policies.dynamic("entropy", step_size=2, reencode=True)
+    output = run(model, IDS[:2], order, policy=policy)
+    for b, length in enumerate((T, 7)):
+        ids, is_open = IDS[b, :length].clone(), order.is_predicted[b, :length].clone()
+        step = 0
+        while is_open.any():
+            asked = Factorization(torch.where(is_open, 0, -1)[None])
+            logits = model(ids[None], asked).logits[0, is_open]
+            where = is_open.nonzero()[:, 0]
+            entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+            for i in entropy.argsort()[:2].tolist():
+                ids[where[i]], is_open[where[i]] = logits[i].argmax(), False
+                assert output.steps[b, where[i]] == step
+                log_prob = logits[i].log_softmax(-1).max()
+                torch.testing.assert_close(output.log_probs[b, where[i]], log_prob, atol=1e-5, rtol=0)
+            step += 1
+        assert torch.equal(output.sequences[b, :length], ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "sure"}, "criterion must be one of confidence, entropy, margin, random, got 'sure'"),
+        ({"step_size": 2, "threshold": 0.5}, "step_size=2 and threshold=0.5 each say how many"),
+        ({"step_size": 0}, "step_size must be a whole number, at least 1, got 0"),
+        ({"window": 1.5}, "window must be a whole number, at least 1, got 1.5"),
+        ({"entropy_budget": -1}, "entropy_budget must be at least 0, got -1"),
+        ({"criterion": "random", "threshold": 0.5}, "threshold=0.5 means nothing with criterion='random'"),
+        ({"stepsize": 2}, "did you mean 'step_size'"),
+    ],
+)
+def test_mistakes_in_dynamic(options, message):
+    with pytest.raises(ValueError, match=message):
+        policies.dynamic(**options)
+
+
+# ---------------------------------------------------------------------- speculative
+
+
+@torch.no_grad()
+def outcomes_of(model, order: Factorization, V: int, **sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every outcome of a row, and its exact probability one token at a time under a sampler."""
+    where = order.is_predicted[0].nonzero()[:, 0]
+    ids = torch.ones(V ** len(where), order.length, dtype=torch.int64)
+    ids[:, where] = torch.tensor(list(itertools.product(range(V), repeat=len(where))))
+    logits = model(ids, Factorization.stack([order.regroup(1)] * len(ids))).logits
+    sampler, total = Sampler(True, **sampling), torch.zeros(len(ids), dtype=torch.float64)
+    row = torch.arange(len(ids))
+    for i in where.tolist():
+        processed = sampler.process(logits[:, i].float(), ids[:, :1], row, torch.full_like(row, i))
+        total += processed.double().log_softmax(-1)[row, ids[:, i]]
+    return ids, total.exp()
+
+
+CASES = {
+    "left to right": Factorization.left_to_right(5),
+    "random": Factorization.from_groups([[0], [3], [1], [4], [2]]),
+    "gaps": Factorization.from_groups([[0, 3], [1, 2], [4, 5]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "draft", "length", "sampling"),
+    [
+        ("left to right", "query", 1, {}),
+        ("random", "query", 2, {"temperature": 0.7}),
+        ("gaps", "query", 3, {"top_p": 0.8}),
+        ("left to right", "query", 4, {"temperature": 1.4, "top_p": 0.9}),
+        ("gaps", "query", 5, {}),
+        ("random", "query", 6, {"top_p": 0.8}),
+        ("left to right", "query", "auto", {}),
+        ("gaps", "ngram", 2, {}),
+        ("left to right", "ngram", "auto", {"top_p": 0.9}),
+    ],
+)
+def test_speculative_samples_are_distributed_as_one_at_a_time(case, draft, length, sampling):
+    V, N, order = 4, 50_000, CASES[case]
+    model = converted("llama", vocabulary=V)
+    ids, exact = outcomes_of(model, order, V, **sampling)
+    assert exact.sum() == pytest.approx(1, abs=1e-5)
+    start = torch.ones(N, order.length, dtype=torch.int64)
+    policy = policies.speculative(draft=draft, draft_length=length)
+    options = {"temperature": 1.0, "generator": generator(6)} | sampling
+    output = run(model, start, Factorization.stack([order] * N), policy=policy, **options)
+    where = order.is_predicted[0]
+    base = V ** torch.arange(int(where.sum()) - 1, -1, -1)
+    counts = torch.bincount((output.sequences[:, where] * base).sum(1), minlength=len(ids))
+    assert p_value(counts, exact * N) > 0.01
+    assert len(set(output.steps.amax(1).tolist())) > 1  # rows accept different numbers
+    assert output.forwards <= int(where.sum())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("draft", ["query", "ngram"])
+@given(
+    parts=st.lists(rows(max_length=T), min_size=1, max_size=3),
+    length=st.sampled_from([1, 2, 5, "auto"]),
+    architecture=st.sampled_from(ARCHITECTURES),
+    greedy=st.booleans(),
+    eos=st.sampled_from([(), (4, 9, 11, 13, 17, 20)]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_speculative_is_scored_exactly_in_no_more_forwards_than_tokens(
+    recipe, draft, parts, length, architecture, greedy, eos
+):
+    model, order = converted(architecture, recipe), Factorization.stack(parts)
+    ids = IDS[: len(parts), : order.length]
+    policy = policies.speculative(draft=draft, draft_length=length)
+    options = {} if greedy else {"generator": [generator(b) for b in range(len(parts))], "temperature": 0.3}
+    output = run(model, ids, order, policy=policy, eos_token_id=eos, **options)
+    one_by_one = run(model, ids, order, policy=policies.groupwise(1), eos_token_id=eos)
+    if greedy:
+        assert torch.equal(output.sequences, one_by_one.sequences)
+        assert torch.equal(output.steps >= 0, one_by_one.steps >= 0)
+    tokens = (output.steps >= 0).sum(1)
+    assert output.forwards <= max(1, int(order.regroup(1).num_groups.max()))
+    assert (output.steps.amax(1) < tokens.clamp(min=1)).all() or eos
+    if not eos:
+        again = model.log_likelihood(output.sequences, order.regroup(1))
+        torch.testing.assert_close(output.log_probs, again, atol=1e-5, rtol=0)
+    if not greedy:
+        for b, part in enumerate(parts):
+            alone = decoded_alone(
+                model, ids[b : b + 1, : part.length], part, b, policy=policy, eos_token_id=eos, temperature=0.3
+            )
+            assert torch.equal(alone.sequences[0], output.sequences[b, : part.length])
+
+
+def test_speculative_with_a_gated_adapter_is_the_base_models_own():
+    base = base_model("llama")
+    expected = base.generate(IDS[:, :5], max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model = AnyOrderForCausalLM.from_causal_lm(base, adapter=Adapter("gated", rank=4))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    for draft in ("query", "ngram"):
+        policy = policies.speculative(draft=draft, draft_length=3)
+        output = model.generate(
+            IDS[:, :5], max_new_tokens=14, policy=policy, eos_token_id=(), return_dict_in_generate=True
+        )
+        assert torch.equal(output.sequences, expected)
+    assert output.forwards < 14  # a random model repeats itself
+
+
+def test_speculative_keeps_to_forced_and_allowed_tokens():
+    model, order = converted("llama"), Factorization.stack([Factorization.random(T, 1, generator=generator(1))] * 3)
+    forced = torch.where(torch.arange(T) % 3 == 1, IDS, -100)
+    output = run(model, IDS, order, policy=policies.speculative(draft_length=3), forced_ids=forced, temperature=1.0)
+    assert torch.equal(output.sequences[forced != -100], IDS[forced != -100])
+    every = run(model, IDS, order, policy=policies.speculative(draft_length=4), forced_ids=IDS)
+    torch.testing.assert_close(every.log_probs, model.log_likelihood(IDS, order), atol=1e-5, rtol=0)
+    assert every.forwards == 3  # one token, then five, then five
+    masks = torch.zeros(2, VOCABULARY, dtype=torch.bool)
+    masks[0, ::2], masks[1, 1::2] = True, True
+    allowed = AllowedTokens(masks, (torch.arange(T) % 2).expand(3, T))
+    for draft in ("query", "ngram"):
+        policy = policies.speculative(draft=draft, draft_length=2)
+        output = run(model, IDS, order, policy=policy, allowed_tokens=allowed, temperature=2.0, generator=generator(3))
+        drawn = output.steps >= 0
+        assert (output.sequences % 2 == torch.arange(T) % 2)[drawn].all()
+
+
+def test_speculative_stops_at_an_end_as_one_at_a_time_does():
+    model = converted("llama")
+    order = Factorization.from_groups([[0], [6], [3], [5], [1], [2], [4], [7]])
+    tokens = exactly([0, 8, 9, 2, 10, 11, 12, 13])
+    for draft_length in (1, 3, 5):
+        policy = policies.speculative(draft_length=draft_length)
+        output = run(model, IDS[:1, :8], order, policy=policy, allowed_tokens=tokens, eos_token_id=2, pad_token_id=0)
+        assert output.sequences.tolist() == [[int(IDS[0, 0]), 8, 9, 2, 0, 0, 0, 0]]
+
+
+def test_repetition_penalty_sees_drafts_as_they_are_read():
+    model, order = converted("llama"), Factorization.left_to_right(T)
+    plain = run(model, IDS, Factorization.stack([order] * 3), repetition_penalty=3.0)
+    for draft in ("query", "ngram"):
+        policy = policies.speculative(draft=draft, draft_length=4)
+        output = run(model, IDS, Factorization.stack([order] * 3), repetition_penalty=3.0, policy=policy)
+        assert torch.equal(output.sequences, plain.sequences)
+
+
+def test_ngrams_are_found_where_the_text_repeats_itself():
+    """A model that is made to repeat: nearly every draft is accepted."""
+    model = converted("llama")
+    text = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5]])
+    order = Factorization.left_to_right(16, given=7)
+    allowed = AllowedTokens(torch.eye(VOCABULARY, dtype=torch.bool), text)
+    output = run(model, text, order, policy=policies.speculative(draft="ngram", draft_length=4), allowed_tokens=allowed)
+    assert torch.equal(output.sequences, text)
+    assert output.forwards == 3  # one token, then five, then the rest
+    backwards = Factorization.from_groups([list(range(7)), *([i] for i in range(15, 6, -1))])
+    output = run(model, text, backwards, policy=policies.speculative(draft="ngram"), allowed_tokens=allowed)
+    assert torch.equal(output.sequences, text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": "oracle"}, "draft must be one of query, ngram, got 'oracle'"),
+        ({"draft_length": 0}, "draft_length must be a whole number, at least 1, or 'auto', got 0"),
+        ({"draft_len": 2}, "did you mean 'draft_length'"),
+    ],
+)
+def test_mistakes_in_speculative(options, message):
+    with pytest.raises(ValueError, match=message):
+        policies.speculative(**options)
+
+
+# ---------------------------------------------------------------------- as text
+
+
+def test_a_policy_can_be_written_as_text():
+    assert policies.parse("groupwise") == policies.groupwise()
+    assert policies.parse("groupwise:size=4") == policies.groupwise(4)
+    assert policies.parse("dynamic:criterion=entropy,step_size=4,reencode=true") == policies.dynamic(
+        "entropy", step_size=4, reencode=True
+    )
+    assert policies.parse("dynamic:threshold=0.9") == policies.dynamic(threshold=0.9)
+    assert policies.parse("speculative:draft=ngram,draft_length=auto") == policies.speculative(
+        draft="ngram", draft_length="auto"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("greedy", "no policy 'greedy': use groupwise, dynamic or speculative"),
+        ("dynamic:step=4", "unknown option 'step'; did you mean 'step_size'"),
+        ("dynamic:step_size", "policy option 'step_size' must be NAME=VALUE"),
+        ("dynamic:step_size=many", "step_size must be a whole number, at least 1, got 'many'"),
+        ("dynamic:threshold=high", "threshold must be a number, got 'high'"),
+    ],
+)
+def test_mistakes_in_a_policy_as_text(text, message):
+    with pytest.raises(ValueError, match=message):
+        policies.parse(text)
