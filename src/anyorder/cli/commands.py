@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from anyorder.bench import run as bench
 from anyorder.cli.options import (
     add_command,
     add_device,
@@ -90,6 +91,23 @@ def add_adapt(subparsers: Any) -> None:
 
 def _adapt(options: argparse.Namespace) -> None:
     adapt.run(options, load_model)
+
+
+# ---------------------------------------------------------------------- bench
+
+
+def add_bench(subparsers: Any) -> None:
+    """`anyorder bench`."""
+    example = "anyorder bench my-figures --dtype bfloat16 --policies groupwise:size=4 speculative --batch-size 1 8"
+    parser = add_command(
+        subparsers, "bench", _bench, "time decoders against the base model's own, quality beside speed", example
+    )
+    bench.add_options(parser, positive)
+    add_model(parser)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    bench.run(options, load_model)
 
 
 # ---------------------------------------------------------------------- generate

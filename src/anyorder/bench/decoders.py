@@ -1,0 +1,126 @@
+"""What is timed: the base model under Hugging Face `generate`, a converted model under a policy, anyone's own function.
+
+A decoder continues prompts of equal length by exactly so many tokens; it is given a seed for each row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyorder.modeling import AnyOrderForCausalLM
+from anyorder.policies import Policy
+
+Sampling = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a decoder returns."""
+
+    sequences: Tensor
+    """(B, P + N) int64: prompts and N new tokens."""
+    forwards: int | None
+    """Forwards of the model, the one over the prompt included; None: not known."""
+
+
+class Decoder(ABC):
+    """Continues prompts.
+
+    Attributes:
+        name: in the tables.
+        by_row: whether the seeds alone decide what a row gets, whatever batch it is in.
+    """
+
+    name: str
+    by_row: bool = True
+
+    @abstractmethod
+    def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
+        """Continue (B, P) prompts by `new` tokens, ends ignored."""
+
+
+class HuggingFace(Decoder):
+    """The wrapped base model under transformers' `generate`.
+
+    Args:
+        model: its owner.
+        sampling: temperature, top_k, top_p, min_p; None: greedy.
+    """
+
+    by_row = False  # one global generator draws for all rows
+
+    def __init__(self, model: AnyOrderForCausalLM, sampling: Sampling | None):
+        self.base, self.sampling = model.causal_lm, sampling
+        self.name = "hugging face" if sampling is not None else "hugging face, greedy"
+
+    def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
+        torch.manual_seed(seeds[0])
+        draws: Sampling = {"do_sample": False}
+        if self.sampling is not None:
+            draws = {"do_sample": True, "top_k": 0, **self.sampling}
+        sequences = self.base.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, pad_token_id=0, **draws
+        )
+        return Continuation(sequences, new)
+
+
+class AnyOrder(Decoder):
+    """A converted model from left to right under a policy."""
+
+    def __init__(self, model: AnyOrderForCausalLM, policy: Policy, name: str, sampling: Sampling | None):
+        self.model, self.policy, self.sampling = model, policy, sampling
+        self.name = name if sampling is not None else f"{name}, greedy"
+
+    def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
+        draws: Sampling = {"do_sample": False}
+        if self.sampling is not None:
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            draws = {"do_sample": True, "generator": generators, **self.sampling}
+        output = self.model.generate(
+            ids, max_new_tokens=new, policy=self.policy, eos_token_id=(), return_dict_in_generate=True, **draws
+        )
+        assert not isinstance(output, Tensor)
+        return Continuation(output.sequences, output.forwards)
+
+
+class Foreign(Decoder):
+    """A function `f(model, input_ids, max_new_tokens, seeds)` out of a Python file, given the base model.
+
+    It returns (B, P + N) ids, or these and its number of forwards.
+
+    Raises:
+        ValueError: if there is no such file or function.
+    """
+
+    by_row = False
+
+    def __init__(self, place: str, model: AnyOrderForCausalLM):
+        file, colon, function = place.rpartition(":")
+        if not colon or not Path(file).is_file():
+            raise ValueError(f"--against {place!r} must be FILE.py:FUNCTION, and the file must exist")
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        assert spec is not None
+        if spec.loader is None:
+            raise ValueError(f"--against {place!r}: {file} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            raise ValueError(f"--against {place!r}: {file} has no function {function!r}")
+        self.function: Callable[..., Any] = getattr(module, function)
+        self.name, self.base = f"{Path(file).stem}:{function}", model.causal_lm
+
+    def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
+        out = self.function(self.base, ids, new, list(seeds))
+        sequences, forwards = out if isinstance(out, tuple) else (out, None)
+        if not isinstance(sequences, Tensor) or sequences.shape != (ids.shape[0], ids.shape[1] + new):
+            found = tuple(sequences.shape) if isinstance(sequences, Tensor) else type(sequences).__name__
+            raise ValueError(f"{self.name} returned {found}, not ids of shape {(ids.shape[0], ids.shape[1] + new)}")
+        return Continuation(sequences, forwards)

@@ -1,0 +1,72 @@
+"""Measurements as JSON, CSV, a Markdown table and a picture of speed against quality."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+_QUALITY = {"base_nats_per_token": "base nats a token", "distinct_2": "distinct-2", "rouge_l": "ROUGE-L"}
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown, one line a decoder and batch size."""
+    quality = [name for name in _QUALITY if name in records[0]]
+    several = any(record["same_as_alone"] is not None for record in records)
+    head = ["decoder", "batch", "tokens/s (min .. max)", "ratio (min .. max)", "forwards a token", "ms a forward"]
+    head += [_QUALITY[name] for name in quality] + ["same as alone"] * several
+    lines = [head, ["---"] * len(head)]
+    for record in records:
+        speed = "{tokens_per_second:.1f} ({tokens_per_second_min:.1f} .. {tokens_per_second_max:.1f})".format(**record)
+        ratio = "{ratio:.2f} ({ratio_min:.2f} .. {ratio_max:.2f})".format(**record)
+        line = [record["decoder"], str(record["batch_size"]), speed, ratio]
+        line += [_number(record["forwards_per_token"], 3), _number(record["ms_per_forward"], 1)]
+        line += [_number(record[name], 3) for name in quality]
+        if several:
+            same = record["same_as_alone"]
+            line.append("" if same is None else f"{same} of {record['prompts']}")
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def write(records: Sequence[Record], settings: Record, output: Path) -> list[Path]:
+    """`bench.json`, `bench.csv`, `bench.md` and `bench.png` in a directory."""
+    output.mkdir(parents=True, exist_ok=True)
+    files = [output / f"bench.{kind}" for kind in ("json", "csv", "md", "png")]
+    files[0].write_text(json.dumps({"settings": settings, "results": records}, indent=1) + "\n")
+    with files[1].open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    said = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in settings.items())
+    files[2].write_text(f"# Decoders side by side\n\n{said}\n\n{table(records)}")
+    plot(records, files[3])
+    return files
+
+
+def plot(records: Sequence[Record], file: Path) -> None:
+    """Speed against quality: one line a decoder over batch sizes; up and to the right is better."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for decoder in dict.fromkeys(record["decoder"] for record in records):
+        own = [record for record in records if record["decoder"] == decoder]
+        x, y = ([record[name] for record in own] for name in ("tokens_per_second", "base_nats_per_token"))
+        axes.plot(x, y, marker="o", label=decoder)
+        for record, a, b in zip(own, x, y, strict=True):
+            axes.annotate(str(record["batch_size"]), (a, b), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set(xscale="log", xlabel="new tokens a second (points: batch sizes)", ylabel="base model's nats a token")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=110)

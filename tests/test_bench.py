@@ -1,0 +1,140 @@
+"""The benchmark: it times what it says, on the same prompts, and its report holds what was measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+
+from anyorder import Factorization, load
+from anyorder.bench import quality, report
+from anyorder.bench.decoders import AnyOrder, Foreign, HuggingFace
+from anyorder.bench.measure import Measured, measure
+from anyorder.cli import main
+from anyorder.policies import parse
+from architectures import converted
+
+PROMPTS = torch.randint(3, 30, (5, 6), generator=torch.Generator().manual_seed(0))
+
+
+def test_decoders_are_measured_on_the_same_prompts():
+    model = converted("llama")
+    decoders = [HuggingFace(model, None), *(AnyOrder(model, parse(t), t, None) for t in ("groupwise", "speculative"))]
+    results = measure(decoders, PROMPTS, 8, [1, 2])
+    assert [(r.decoder, r.batch_size, len(r.seconds)) for r in results] == [
+        ("hugging face, greedy", 1, 5), ("groupwise, greedy", 1, 5), ("speculative, greedy", 1, 5),
+        ("hugging face, greedy", 2, 2), ("groupwise, greedy", 2, 2), ("speculative, greedy", 2, 2),
+    ]  # fmt: skip
+    for result in results:  # greedy: all three write the same
+        assert torch.equal(torch.stack(result.sequences), torch.stack(results[0].sequences[: len(result.sequences)]))
+        assert torch.equal(torch.stack(result.sequences)[:, :6], PROMPTS[: len(result.sequences)])
+    assert results[0].ratios == [1.0] * 5
+    assert results[1].forwards_per_token == 1
+    assert results[2].forwards_per_token < 1
+    assert [r.same_as_alone for r in results] == [None, None, None, None, 4, 4]
+    one = results[1]
+    assert one.tokens_per_second[0] == pytest.approx(8 / one.seconds[0])
+    assert one.ratios[0] == pytest.approx(results[0].seconds[0] / one.seconds[0])
+
+
+def test_sampling_is_the_same_in_every_batch():
+    model = converted("llama")
+    sampling = {"temperature": 1.0, "top_p": 0.9}
+    decoders = [HuggingFace(model, sampling), AnyOrder(model, parse("speculative"), "s", sampling)]
+    results = measure(decoders, PROMPTS, 8, [1, 4], seed=3)
+    assert results[3].same_as_alone == 4
+    again = measure(decoders[1:], PROMPTS, 8, [1], seed=4)
+    assert not torch.equal(torch.stack(again[0].sequences), torch.stack(results[1].sequences))
+
+
+def test_a_batch_size_without_prompts():
+    with pytest.raises(ValueError, match="batch size 6 needs as many prompts; there are 5"):
+        measure([], PROMPTS, 8, [1, 6])
+
+
+def test_nats_per_token_is_the_exact_likelihood():
+    model = converted("llama")
+    left_to_right = Factorization.stack([Factorization.left_to_right(6, given=2)] * 5)
+    expected = -float(model.log_likelihood(PROMPTS, left_to_right).sum()) / 20
+    assert quality.nats_per_token(model.causal_lm, list(PROMPTS), 4) == pytest.approx(expected, abs=1e-5)
+
+
+def test_distinct_and_rouge():
+    assert quality.distinct([torch.tensor([9, 1, 2, 1, 2, 1])], 5) == 2 / 4
+    assert quality.distinct([torch.tensor([1, 2, 3])], 3) == 1
+    assert quality.rouge_l(["the cat sat"], ["the cat sat"]) == pytest.approx(1)
+    assert quality.rouge_l(["the cat sat"], ["the dog sat"]) == pytest.approx(2 / 3)
+
+
+def test_someone_elses_sampler(tmp_path):
+    model, file = converted("llama"), tmp_path / "other.py"
+    file.write_text(
+        "import torch\n"
+        "def zeros(model, ids, new, seeds):\n    return torch.cat([ids, ids.new_zeros(len(ids), new)], 1), 3\n"
+        "def short(model, ids, new, seeds):\n    return ids\n"
+    )
+    result = measure([Foreign(f"{file}:zeros", model)], PROMPTS, 4, [1])[0]
+    assert result.decoder == "other:zeros"
+    assert not torch.stack(result.sequences)[:, 6:].any()
+    assert result.forwards_per_token == 3 / 4
+    with pytest.raises(ValueError, match=r"other:short returned \(1, 6\), not ids of shape \(1, 10\)"):
+        Foreign(f"{file}:short", model)(PROMPTS[:1], 4, [0])
+    with pytest.raises(ValueError, match="has no function 'nothing'"):
+        Foreign(f"{file}:nothing", model)
+    with pytest.raises(ValueError, match=r"must be FILE.py:FUNCTION"):
+        Foreign("nowhere.py:f", model)
+
+
+def test_the_report_is_medians_and_ranges():
+    result = Measured("d", 2, 10, 0.5, [1.0, 2.0, 4.0], [1.0, 3.0, 2.0], [5, 5, 5], [torch.zeros(3)] * 6)
+    record = result.record()
+    assert (record["tokens_per_second"], record["tokens_per_second_min"], record["ratio"]) == (10, 5, 2)
+    assert record["ms_per_forward"] == 400
+    assert "| d | 2 | 10.0 (5.0 .. 20.0) | 2.00 (1.00 .. 3.00) | 0.500 | 400.0 |" in report.table([record])
+
+
+def test_the_command(capsys, checkpoint, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"a b c ab {i} and so on and on"}) + "\n" for i in range(3)))
+    arguments = ["bench", str(tmp_path / "out"), "--model", str(checkpoint), "--prompts", "2", "--batch-size", "1", "2"]
+    arguments += ["--prompt-tokens", "6", "--new-tokens", "4", "--prompt-file", str(texts), "--json"]
+    assert main([*arguments, "--policies", "groupwise:size=2"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == printed
+    assert [record["decoder"] for record in printed["results"]] == ["hugging face", "groupwise:size=2"] * 2
+    assert printed["results"][1]["forwards_per_token"] == 0.5
+    assert 0 <= printed["results"][1]["rouge_l"] <= 1
+    assert len(list(csv.DictReader((tmp_path / "out" / "bench.csv").open()))) == 4
+    assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "same as alone" in (tmp_path / "out" / "bench.md").read_text()
+
+
+def test_default_prompts_are_the_base_models_own(checkpoint):
+    import argparse
+
+    from anyorder.bench.run import _prompts
+
+    model, tokenizer = load(str(checkpoint))
+    options = argparse.Namespace(prompts=3, prompt_tokens=40, new_tokens=4, prompt_file=None, seed=0)
+    ids, references = _prompts(options, model, tokenizer)
+    assert ids.shape == (3, 40)
+    assert references is None
+    assert torch.equal(ids, _prompts(options, model, tokenizer)[0])
+    options.prompt_tokens = 5  # shorter than the opening
+    assert _prompts(options, model, tokenizer)[0].shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policies", "greedy"], "no policy 'greedy'"),
+        (["--greedy", "--top-p", "0.9"], "--greedy takes the most likely token"),
+        (["--prompts", "2", "--batch-size", "4"], "--batch-size 4 needs as many prompts"),
+    ],
+)
+def test_mistakes(capsys, tmp_path, arguments, message):
+    assert main(["bench", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
