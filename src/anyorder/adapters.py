@@ -36,8 +36,8 @@ _PREFIX = "base_model.model."  # of PEFT's files
 _NAME = "default"
 
 _open_rows: contextvars.ContextVar[Tensor | slice | None] = contextvars.ContextVar("anyorder_open_rows", default=None)
-"""(N,) int64 numbers of the open rows in the flattened (B x R) rows of the running decoder layer; None: no row; a
-slice: all rows."""
+"""(N,) int64 numbers of the open rows in the flattened (B x R) rows of the running decoder layer; a slice of
+them, in training always of all; None: no row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,15 +128,25 @@ def _gated_linear() -> type[nn.Module]:
             rows = _open_rows.get()
             if rows is None or self.disable_adapters:
                 return result
-            flat = result.flatten(0, -2)
-            opened = x.flatten(0, -2)
-            opened = opened if isinstance(rows, slice) else opened.index_select(0, rows)
+            flat, opened = result.flatten(0, -2), x.flatten(0, -2)
+            opened = opened[rows] if isinstance(rows, slice) else opened.index_select(0, rows)
             for name in self.active_adapters:
-                down, up = self.lora_A[name], self.lora_B[name]
-                update = up(down(self.lora_dropout[name](opened.to(down.weight.dtype)))) * self.scaling[name]
-                update = update.to(flat.dtype)
-                flat = flat + update if isinstance(rows, slice) else flat.index_add(0, rows, update)
+                flat = self._add(flat, rows, opened, name)
             return flat.view(result.shape)
+
+        def _add(self, flat: Tensor, rows: Tensor | slice, opened: Tensor, name: str) -> Tensor:
+            """(N, out) with the update of (n, in) open rows; in place where no gradient flows: a step of decoding is
+            hundreds of these."""
+            down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+            if torch.is_grad_enabled():
+                inner = nn.functional.linear(self.lora_dropout[name](opened.to(down.dtype)), down)
+                update = (nn.functional.linear(inner, up) * scale).to(flat.dtype)
+                return flat + update if isinstance(rows, slice) else flat.index_add(0, rows, update)
+            inner = nn.functional.linear(opened.to(down.dtype), down)
+            if isinstance(rows, slice):
+                flat[rows].addmm_(inner.to(flat.dtype), up.t().to(flat.dtype), alpha=scale)
+                return flat
+            return flat.index_add_(0, rows, nn.functional.linear(inner, up).to(flat.dtype), alpha=scale)
 
     return GatedLinear
 

@@ -77,13 +77,19 @@ class Reads:
 
     @functools.cached_property
     def open_rows(self) -> Tensor | slice | None:
-        """(N,) int64 numbers of the rows with an open gate among the flattened rows; a slice of all; None: there are
-        none. In training none is an empty tensor: adapters take part in every step, as several processes expect."""
+        """The rows with an open gate among the flattened rows: (N,) int64 numbers; or a slice, of all, or (without
+        gradients) of neighbours; None: there are none. In training none is an empty tensor: adapters take part in every
+        step, as several processes expect."""
         gates = self._rows.gates.flatten()
         if bool(gates.all()):
             return slice(None)
         numbers = gates.nonzero()[:, 0]
-        return numbers.to(self._device) if len(numbers) or torch.is_grad_enabled() else None
+        if torch.is_grad_enabled():
+            return numbers.to(self._device)
+        if not len(numbers):
+            return None
+        first, end = int(numbers[0]), int(numbers[-1]) + 1
+        return slice(first, end) if end - first == len(numbers) else numbers.to(self._device)
 
     def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(B, G, K, D) keys and values of the content rows, stored ones included, in generation order."""
