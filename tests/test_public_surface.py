@@ -33,7 +33,7 @@ LAYERS = [
     ["policies.speculative"],
     ["policies"],
     ["scoring", "decoding"],
-    ["infilling"],
+    ["infilling", "revision"],
     ["training.curriculum"],
     ["training.texts", "training.curves", "training.checkpoints", "training.plan"],
     ["training.data"],
