@@ -58,6 +58,15 @@ def test_policies_are_chosen_by_name(capsys, checkpoint):
     assert "--group-size 4 and --policy both say what a step commits" in error
 
 
+def test_constraints_of_blanks(capsys, checkpoint):
+    arguments = ("infill", "a ___ c", "--model", checkpoint, "--json")
+    record = json.loads(run(capsys, *arguments, "--choice", "b", "ab ab")[1])
+    assert record["spans"][0]["text"] in ("b", "ab ab")
+    assert sum(record["spans"][0]["probabilities"].values()) == pytest.approx(1)
+    record = json.loads(run(capsys, *arguments, "--length", 3, "--pattern", "[0-9]+")[1])
+    assert record["spans"][0]["text"].isdigit()
+
+
 def test_a_policy_that_does_not_exist_is_told_at_once(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "a", "--policy", "dynamic:step=3"])

@@ -26,7 +26,7 @@ LAYERS = [
     ["attention", "configuration", "support", "head", "adapters"],
     ["checkpoint"],
     ["modeling"],
-    ["sources", "reference", "sampling", "pieces"],
+    ["sources", "reference", "sampling", "pieces", "constraints"],
     ["loop"],
     ["policies.base"],
     ["policies.groupwise", "policies.dynamic", "policies.drafts"],
@@ -144,7 +144,12 @@ OPTIONS = {
     | {"--new-tokens", "--prompt-file", "--against", "--seed"},
     "convert": COMMON | {"--recipe", "--dtype", "--device", "--overwrite"},
     "generate": COMMON | MODEL | TEXTS | SAMPLING | {"--max-new-tokens", "--group-size", "--policy"},
-    "infill": COMMON | MODEL | TEXTS | SAMPLING | ORDER | {"--blank", "--length", "--special-tokens", "--policy"},
+    "infill": COMMON
+    | MODEL
+    | TEXTS
+    | SAMPLING
+    | ORDER
+    | {"--blank", "--length", "--special-tokens", "--policy", "--choice", "--pattern"},
     "score": COMMON | MODEL | TEXTS | ORDER,
     "show": COMMON | ORDER | {"--given", "--recipe"},
 }

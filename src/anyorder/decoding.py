@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anyorder.constraints import Slots
 from anyorder.factorization import ABSENT, GIVEN, Factorization
 from anyorder.inputs import check_ids, real_tokens
 from anyorder.loop import FREE, Run, Step, Uniforms
@@ -120,6 +121,7 @@ def stream(
         eos_token_id: an id or several; default: the model's; () for none. An end counts only behind the last given
             token. What lies behind it is dropped, and decoding goes on until everything before it is filled.
         allowed_tokens: `AllowedTokens`, sets of tokens that positions may take.
+        slots: `constraints.Slots`, patterns that runs of positions must match, filled from left to right.
         forced_ids: (B, T) int64, tokens to commit instead of drawing; -100 where a token is to be drawn. A forced token
             is never an end.
 
@@ -197,6 +199,7 @@ def _start_checked(
     eos_token_id: int | Sequence[int] | None = None,
     allowed_tokens: AllowedTokens | None = None,
     forced_ids: Tensor | None = None,
+    slots: Slots | None = None,
 ) -> tuple[Run, Iterator[Step]]:
     if do_sample is None:
         do_sample = any(value is not None for value in (temperature, top_k, top_p, min_p, generator))
@@ -209,7 +212,12 @@ def _start_checked(
         _end_ids(model) if eos_token_id is None else torch.as_tensor(eos_token_id, dtype=torch.int64).flatten().tolist()
     )
     numbers = _uniforms(factorization, generator, do_sample or policy.chooses_at_random)
-    run = Run(model, request.ids, policy.prepare(factorization), sampler, numbers, ends, forced_ids)
+    factorization = policy.prepare(factorization)
+    if slots is not None:
+        if not policy.keeps_order:
+            raise ValueError(f"constrained blanks are filled from left to right, but {policy!r} chooses its own order")
+        slots.check_order(factorization)
+    run = Run(model, request.ids, factorization, sampler, numbers, ends, forced_ids, slots)
     return run, run.steps_of(policy.rounds(run))
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from anyorder.cache import KeyValueStore
+from anyorder.constraints import Slots
 from anyorder.factorization import ABSENT, Factorization
 from anyorder.layout import Arrangement, compact, join
 from anyorder.sampling import Sampler
@@ -107,8 +108,9 @@ class Run:
         uniforms: Uniforms,
         end_ids: Sequence[int],
         forced_ids: Tensor | None,
+        slots: Slots | None = None,
     ):
-        self.model, self.sampler, self.uniforms = model, sampler, uniforms
+        self.model, self.sampler, self.uniforms, self.slots = model, sampler, uniforms, slots
         self.factorization = factorization
         self.forced = None if forced_ids is None else forced_ids.cpu()
         self.end_ids = torch.tensor(list(end_ids), dtype=torch.int64)
@@ -161,6 +163,9 @@ class Run:
 
     def processed(self, logits: Tensor, row: Tensor, column: Tensor, hi: Tensor) -> Tensor:
         """(N, V) logits after the sampler's settings, which may look at the tokens that each prediction reads."""
+        if self.slots is not None:
+            mask = self.slots.mask(row, column, self.ids, self.tokens.ranks, hi)
+            logits = logits if mask is None else logits.masked_fill(~mask.to(logits.device), -torch.inf)
         visible = self.ids[row, :1]
         if self.sampler.repetition_penalty is not None:
             read = self.tokens.ranks[row, : self.ids.shape[1]] < hi[:, None]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anyorder.factorization import Factorization
 from anyorder.inputs import left_to_right
-from anyorder.policies import GroupWise, Policy, Speculative
+from anyorder.policies import Policy
 from anyorder.randomness import Generators, row_generators
 from anyorder.scoring import log_likelihood
 
@@ -113,7 +113,7 @@ def revise(
 def _check_metropolis(
     proposal: Factorization, target: Factorization, policy: Policy | None, options: dict[str, Any]
 ) -> None:
-    if not isinstance(policy, (GroupWise, Speculative, type(None))):
+    if policy is not None and not policy.keeps_order:
         raise ValueError(f"accept='metropolis' needs an order that is fixed beforehand, which {policy!r} does not have")
     changed = [f"{name}={value!r}" for name, value in options.items() if value is not None and name != "pad_token_id"]
     changed = [text for text in changed if text != "do_sample=True"]

@@ -172,6 +172,9 @@ def add_infill(subparsers: Any) -> None:
     )  # fmt: skip
     add_order(parser)
     add_policy(parser)
+    constraint = parser.add_mutually_exclusive_group()
+    constraint.add_argument("--choice", nargs="+", metavar="TEXT", help="every blank is one of these")
+    constraint.add_argument("--pattern", metavar="REGEX", help="every blank matches this, in exactly --length tokens")
     parser.add_argument("--special-tokens", action="store_true", help="allow special tokens inside a blank")
     add_sampling(parser)
 
@@ -185,15 +188,18 @@ def _infill(options: argparse.Namespace) -> None:
             Template.parse(text, options.blank)
         except ValueError as error:
             raise ValueError(f"{error} (text {number} of {len(texts)})" if len(texts) > 1 else error) from error
+    from anyorder.constraints import Choice, Pattern
     from anyorder.infilling import Infiller
 
+    constraint = Choice(*options.choice) if options.choice else Pattern(options.pattern) if options.pattern else None
     model, tokenizer = load_model(options)
     infiller = Infiller(model, tokenizer)
     length = options.length[0] if len(options.length) == 1 else options.length
     for number, text in enumerate(progress(texts)):
         filled = infiller(
             text, blank=options.blank, length=length, group_size=options.group_size, order=options.order,
-            policy=options.policy, special_tokens=options.special_tokens, **sampling_options(options, number),
+            policy=options.policy, constraints=constraint, special_tokens=options.special_tokens,
+            **sampling_options(options, number),
         )  # fmt: skip
         if options.json:
             spans = [vars(span) for span in filled.spans]

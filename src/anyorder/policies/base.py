@@ -25,6 +25,8 @@ class Policy(ABC):
 
     chooses_at_random: ClassVar[bool] = False
     """Whether `choose` uses its random numbers."""
+    keeps_order: ClassVar[bool] = False
+    """Whether positions are committed in the order of `prepare`'s factorization."""
 
     def prepare(self, factorization: Factorization) -> Factorization:
         """The factorization that the run starts from; its given positions must stay the same."""

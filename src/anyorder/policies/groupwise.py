@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class GroupWise(GroupPolicy):
         size: cut the factorization's order anew into groups of this size; None keeps its own groups.
     """
 
+    keeps_order: ClassVar[bool] = True
     size: int | None = None
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ Shapes: B batch, T columns, K drafts, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class Speculative(Policy):
         ValueError: naming the setting and its value.
     """
 
+    keeps_order: ClassVar[bool] = True
     draft: Literal["query", "ngram"] = "query"
     draft_length: int | Literal["auto"] = 2
 
