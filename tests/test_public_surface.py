@@ -27,6 +27,7 @@ LAYERS = [
     ["checkpoint"],
     ["modeling"],
     ["sources", "reference", "sampling", "pieces", "constraints"],
+    ["compiled"],
     ["loop"],
     ["policies.base"],
     ["policies.groupwise", "policies.dynamic", "policies.drafts"],

@@ -111,9 +111,23 @@ def attach(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
             parameter.data = parameter.data.float()
 
 
+class _Traced:
+    """What `_open_rows` is, for tracing by torch.compile, which cannot set context variables: (N, 1) floats, 1 where a
+    row is open."""
+
+    open_rows: Tensor | None = None
+
+
+_traced = _Traced()
+
+
 def _enter(attention: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     reads = keywords.get("anyorder_reads")
-    _open_rows.set(None if reads is None else reads.open_rows)
+    rows = None if reads is None else reads.open_rows
+    if torch.compiler.is_compiling():
+        _traced.open_rows = rows
+    else:
+        _open_rows.set(rows)
 
 
 @functools.cache
@@ -125,10 +139,16 @@ def _gated_linear() -> type[nn.Module]:
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result: Tensor = self.base_layer(x)
-            rows = _open_rows.get()
+            rows = _traced.open_rows if torch.compiler.is_compiling() else _open_rows.get()
             if rows is None or self.disable_adapters:
                 return result
             flat, opened = result.flatten(0, -2), x.flatten(0, -2)
+            if torch.compiler.is_compiling():
+                for name in self.active_adapters:
+                    inner = nn.functional.linear(opened, self.lora_A[name].weight.to(opened.dtype))
+                    update = nn.functional.linear(inner, self.lora_B[name].weight.to(opened.dtype))
+                    flat = flat + update * (rows * self.scaling[name])
+                return flat.view(result.shape)
             opened = opened[rows] if isinstance(rows, slice) else opened.index_select(0, rows)
             for name in self.active_adapters:
                 flat = self._add(flat, rows, opened, name)

@@ -26,6 +26,12 @@ class KeyValueStore:
         self.capacity = capacity
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each layer, (B, heads, capacity + 1, head_dim); empty before the first forward."""
+        layers = [self._layers[layer] for layer in sorted(self._layers)]
+        return [key for key, _ in layers], [value for _, value in layers]
+
     def append(self, layer: int, key: Tensor, value: Tensor, slots: Tensor, start: int | None) -> tuple[Tensor, Tensor]:
         """Store new content rows and return the whole buffers, each (B, heads, capacity + 1, head_dim).
 

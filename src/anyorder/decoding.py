@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anyorder.compiled import compiled_forward
 from anyorder.constraints import Slots
 from anyorder.factorization import ABSENT, GIVEN, Factorization
 from anyorder.inputs import check_ids, real_tokens
@@ -122,6 +123,7 @@ def stream(
             token. What lies behind it is dropped, and decoding goes on until everything before it is filled.
         allowed_tokens: `AllowedTokens`, sets of tokens that positions may take.
         slots: `constraints.Slots`, patterns that runs of positions must match, filled from left to right.
+        compile: run the steps through torch.compile; the first of each shape takes a minute or more (see `compiled`).
         forced_ids: (B, T) int64, tokens to commit instead of drawing; -100 where a token is to be drawn. A forced token
             is never an end.
 
@@ -200,6 +202,7 @@ def _start_checked(
     allowed_tokens: AllowedTokens | None = None,
     forced_ids: Tensor | None = None,
     slots: Slots | None = None,
+    compile: bool = False,
 ) -> tuple[Run, Iterator[Step]]:
     if do_sample is None:
         do_sample = any(value is not None for value in (temperature, top_k, top_p, min_p, generator))
@@ -217,7 +220,8 @@ def _start_checked(
         if not policy.keeps_order:
             raise ValueError(f"constrained blanks are filled from left to right, but {policy!r} chooses its own order")
         slots.check_order(factorization)
-    run = Run(model, request.ids, factorization, sampler, numbers, ends, forced_ids, slots)
+    forward = compiled_forward(model) if compile else None
+    run = Run(model, request.ids, factorization, sampler, numbers, ends, forced_ids, slots, forward)
     return run, run.steps_of(policy.rounds(run))
 
 

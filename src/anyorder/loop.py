@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from anyorder.cache import KeyValueStore
+from anyorder.compiled import CompiledForward, slots_for
 from anyorder.constraints import Slots
 from anyorder.factorization import ABSENT, Factorization
 from anyorder.layout import Arrangement, compact, join
@@ -109,6 +110,7 @@ class Run:
         end_ids: Sequence[int],
         forced_ids: Tensor | None,
         slots: Slots | None = None,
+        forward: CompiledForward | None = None,
     ):
         self.model, self.sampler, self.uniforms, self.slots = model, sampler, uniforms, slots
         self.factorization = factorization
@@ -123,12 +125,14 @@ class Run:
         self.last_given = (self.every * self.known).amax(dim=1)
         self.end = torch.full_like(self.last_given, self.ids.shape[1])  # column of the earliest committed end
         self.forwards = 0
+        self.forward = model.hidden_rows if forward is None else forward
+        self.capacity = self.ids.shape[1] if forward is None else slots_for(self.ids.shape[1])
         self.encode_anew()
 
     def encode_anew(self) -> None:
         """Start from an empty cache: all that is known becomes one group, in the order of positions."""
         self.tokens = Arrangement(self.ids, self.factorization, self.model.recipe)
-        self.store = KeyValueStore(self.ids.shape[1])
+        self.store = KeyValueStore(self.capacity)
         self.first = torch.zeros_like(self.tokens.counts)
         self.append(self.known)
 
@@ -153,7 +157,7 @@ class Run:
         content = self.tokens.content(self.first, self.count)
         query = self.tokens.queries(asked.columns.gather(1, index), used, asked.hi.gather(1, index))
         rows = join(content, query)
-        hidden = self.model.hidden_rows(rows, self.tokens.columns, self.store)
+        hidden = self.forward(rows, self.tokens.columns, self.store)
         self.forwards += 1
         return hidden, torch.where(free, asked.hi - 1 - self.first[:, None], rows.content_count + place)
 

@@ -58,6 +58,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
     accepts_loss_kwargs = True  # Trainer: `num_items_in_batch`
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _compiled: Any = None  # see `compiled`
     _supports_sdpa = True
     _supports_flex_attn = True
 
@@ -276,6 +277,11 @@ class AnyOrderForCausalLM(PreTrainedModel):
             )
         return output.last_hidden_state, reads
 
+    def train(self, mode: bool = True) -> AnyOrderForCausalLM:
+        """As torch's; weights may change, so compiled steps are dropped."""
+        self._compiled = None if mode else self._compiled
+        return super().train(mode)
+
     def head(self, hidden: Tensor) -> Tensor:
         """(N, E) hidden states -> (N, V) logits, by the base model's own head: see `head.logits_of`."""
         return logits_of(self.causal_lm, hidden)
@@ -370,10 +376,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         return AnyOrderOutput(loss=loss, logits=out, token_losses=token_losses)
 
     def _probe(self, ids: Tensor, stride: int = 1) -> tuple[Tensor, list[tuple[int, int | None]]]:
-        """(T, V) logits of left-to-right content rows, whatever the recipe, and every call of the attention function.
-
-        The tokens stand `stride` positions apart.
-        """
+        """(T, V) logits of left-to-right content rows, `stride` positions apart, and every call of the attention."""
         layout = lay_out(ids.cpu(), Factorization.left_to_right(ids.shape[1]), "exact")
         rows = dataclasses.replace(layout.rows, positions=layout.rows.positions * stride)
         hidden, reads = self._run(rows, layout.key_positions * stride, None)

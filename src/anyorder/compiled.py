@@ -1,0 +1,199 @@
+"""Compiled decoding steps: the forward of a few rows through torch.compile, in few static shapes.
+
+A step is padded to a bucket of content rows and one of query rows, and the store of keys and values to a bucket of
+slots; each combination is compiled once a process. On the CPU weights are frozen into the compiled code, which lets
+oneDNN lay them out for it; inductor keeps no frozen code on disk, so that each process pays again (SmolLM2-135M on two
+cores: a minute and a half a shape). A model that is trained on must be compiled anew, which `model.train()` sees to.
+
+The first forward of a run, over the prompt, and steps of many rows stay eager: they are bound by arithmetic.
+
+This module knows rows and the store; no policies, no tokens' meaning.
+
+Shapes: B batch, R rows of a forward (C content rows first), K slots of the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import Tensor, nn
+
+from anyorder.attention import Block
+from anyorder.cache import KeyValueStore
+from anyorder.layout import Rows
+
+if TYPE_CHECKING:
+    from anyorder.modeling import AnyOrderForCausalLM
+
+MOST_ROWS = 64
+"""Rows of a compiled forward, over the batch; with more, arithmetic binds and eager kernels serve."""
+MOST_SHAPES = 256
+"""PyTorch counts every shape as a compilation anew of the same function, and gives up after 8 unless told."""
+_PADDING: dict[str, int | bool] = {
+    "seed_ids": 0, "seeded": True, "positions": 0, "lo": 0, "hi": 1, "gates": False,
+}  # fmt: skip
+SLOTS = 64
+"""The store's slots are a multiple of it."""
+
+
+class StaticReads:
+    """What `attention.Reads` is to eager forwards, for traced ones: every tensor has the shape of its bucket.
+
+    Args:
+        lo, hi, positions: (B, R) int64, of the rows.
+        gates: (B, R) bool.
+        slots: (B, C) int64.
+        key_positions: (B, K) int64.
+        keys, values: of each layer, (B, heads, K, head_dim); written to.
+    """
+
+    implementation = "sdpa"
+
+    def __init__(
+        self,
+        lo: Tensor,
+        hi: Tensor,
+        positions: Tensor,
+        gates: Tensor,
+        slots: Tensor,
+        key_positions: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        dtype: torch.dtype,
+    ):
+        self.calls: list[tuple[int, int | None]] = []
+        self.lo, self.hi, self.positions, self.slots, self.key_positions = lo, hi, positions, slots, key_positions
+        self.keys, self.values = keys, values
+        self.open_rows = gates.reshape(-1, 1).to(dtype)
+
+    def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the content rows' keys and values; all slots come back."""
+        C = self.slots.shape[1]
+        batch = torch.arange(key.shape[0], device=key.device)[:, None]
+        for buffer, new in ((self.keys[layer], key), (self.values[layer], value)):
+            buffer[batch, :, self.slots] = new[:, :, :C].transpose(1, 2)
+        return self.keys[layer], self.values[layer]
+
+    def plan(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Block]:
+        """All rows in one block, with its mask."""
+        B, R = self.lo.shape
+        K = self.key_positions.shape[1]
+        rank = torch.arange(K, device=self.lo.device)
+        mask = (rank >= self.lo[:, :, None]) & (rank < self.hi[:, :, None])
+        if window is not None:
+            mask = mask & ((self.positions[:, :, None] - self.key_positions[:, None]).abs() < window)
+        mask = mask[:, None, None].expand(B, 1, repeats, R, K).reshape(B, 1, repeats * R, K)
+        if dtype != torch.bool:
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+        return [(slice(0, R), slice(0, K), mask)]
+
+
+class CompiledForward:
+    """Stands in for `AnyOrderForCausalLM.hidden_rows` while decoding.
+
+    Args:
+        model: a converted model.
+
+    Attributes:
+        shapes: those compiled so far: batch, content rows, query rows, slots, whether a gated adapter acts on any row.
+    """
+
+    def __init__(self, model: AnyOrderForCausalLM):
+        self.model = model
+        self._forwards: dict[tuple[int, int, int, int, bool], Callable[..., Tensor]] = {}
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int, int, bool]]:
+        return list(self._forwards)
+
+    def __call__(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
+        """(B, R, E) hidden states, as `hidden_rows` gives them."""
+        B, C, Q = rows.lo.shape[0], rows.content_count, rows.count - rows.content_count
+        C_, Q_ = _bucket(C), _bucket(Q)
+        keys, values = store.buffers
+        if not keys or B * (C_ + Q_) > MOST_ROWS:
+            return self.model.hidden_rows(rows, key_positions, store)
+        K = store.capacity + 1
+        shape = (B, C_, Q_, K, bool(rows.gates.any()))
+        if shape not in self._forwards:
+            self._forwards[shape] = torch.compile(self._traced(shape[-1]), fullgraph=True, dynamic=False)
+        filler: dict[str, int | bool] = {
+            "seed_ids": 0,
+            "seeded": True,
+            "positions": 0,
+            "lo": 0,
+            "hi": 1,
+            "gates": False,
+        }
+        padded = [_padded(getattr(rows, name), C, C_, Q_, value) for name, value in filler.items()]
+        padded += [_right(rows.slots, C_, store.capacity), _right(key_positions, K, 0)]
+        device = self.model.query_embedding.device
+        frozen = torch._inductor.config.patch(freezing=device.type == "cpu")  # Dynamo reads it too: no option serves
+        with frozen, torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
+            hidden = self._forwards[shape](*(tensor.to(device) for tensor in padded), keys, values)
+        return torch.cat([hidden[:, :C], hidden[:, C_ : C_ + Q]], dim=1)
+
+    def _traced(self, some_open: bool) -> Callable[..., Tensor]:
+        model = self.model
+
+        @torch.no_grad()
+        def forward(
+            seed_ids: Tensor,
+            seeded: Tensor,
+            positions: Tensor,
+            lo: Tensor,
+            hi: Tensor,
+            gates: Tensor,
+            slots: Tensor,
+            key_positions: Tensor,
+            keys: list[Tensor],
+            values: list[Tensor],
+        ) -> Tensor:
+            embedding: nn.Module = model.get_input_embeddings()
+            embeds = embedding(seed_ids)
+            embeds = torch.where(seeded[..., None], embeds, model.query_embedding.to(embeds.dtype))
+            reads: Any = StaticReads(lo, hi, positions, gates, slots, key_positions, keys, values, embeds.dtype)
+            if not some_open:
+                reads.open_rows = None
+            output = model.decoder(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device),
+                use_cache=False,
+                anyorder_reads=reads,
+            )
+            return output.last_hidden_state
+
+        return forward
+
+
+def compiled_forward(model: AnyOrderForCausalLM) -> CompiledForward:
+    """The compiled steps of a model, kept until it is trained again."""
+    if model._compiled is None:
+        model._compiled = CompiledForward(model)
+    return model._compiled
+
+
+def slots_for(columns: int) -> int:
+    """Capacity of a store for so many columns whose slots, the spare one included, fill buckets."""
+    return -(-(columns + 1) // SLOTS) * SLOTS - 1
+
+
+def _bucket(rows: int) -> int:
+    """The next power of two; 0 for none."""
+    return 1 << (rows - 1).bit_length() if rows else 0
+
+
+def _right(values: Tensor, width: int, filler: int | bool) -> Tensor:
+    return nn.functional.pad(values, (0, width - values.shape[1]), value=filler)
+
+
+def _padded(values: Tensor, content: int, content_bucket: int, query_bucket: int, filler: int | bool) -> Tensor:
+    halves = values[:, :content], values[:, content:]
+    return torch.cat(
+        [_right(half, n, filler) for half, n in zip(halves, (content_bucket, query_bucket), strict=True)], 1
+    )

@@ -1,0 +1,66 @@
+"""Compiled steps: the same results as eager ones, in few shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anyorder import AnyOrderForCausalLM, Factorization, policies
+from anyorder.adapters import Adapter
+from anyorder.compiled import compiled_forward, slots_for
+from architectures import VOCABULARY, base_model, converted
+from test_decoding import generator, run
+
+# Inductor's own imports warn of what PyTorch deprecates.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+T = 14
+IDS = torch.randint(3, VOCABULARY, (2, T), generator=generator(0))
+
+
+def gated(architecture: str) -> AnyOrderForCausalLM:
+    model = AnyOrderForCausalLM.from_causal_lm(base_model(architecture), adapter=Adapter("gated", rank=4))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+CASES = [
+    ("llama", "exact", policies.groupwise(1)),
+    ("llama", "paper", policies.groupwise(4)),
+    ("gemma3", "exact", policies.speculative(draft_length=2)),
+    ("gated", "exact", policies.groupwise(3)),
+]
+
+
+@pytest.mark.parametrize(("architecture", "recipe", "policy"), CASES)
+def test_compiled_equals_eager(architecture, recipe, policy):
+    model = gated("llama") if architecture == "gated" else converted(architecture, recipe)
+    parts = [Factorization.random(T, 1, given=4, generator=generator(1)), Factorization.left_to_right(11, given=3)]
+    order = Factorization.stack(parts)
+
+    def decoded(**options):
+        draws = {"generator": [generator(1), generator(2)], "temperature": 1.0}
+        return run(model, IDS, order, policy=policy, **draws, **options)
+
+    eager, compiled = decoded(), decoded(compile=True)
+    assert torch.equal(compiled.sequences, eager.sequences)
+    assert torch.equal(compiled.steps, eager.steps)
+    torch.testing.assert_close(compiled.log_probs, eager.log_probs, atol=1e-5, rtol=0)
+    shapes = compiled_forward(model).shapes
+    assert shapes
+    assert all(shape[3] == 64 for shape in shapes)
+    decoded(compile=True)
+    assert compiled_forward(model).shapes == shapes  # compiled once
+    model.train()
+    assert compiled_forward(model).shapes == []  # weights may change from here on
+    model.eval()
+
+
+def test_stores_come_in_few_sizes():
+    assert [slots_for(n) + 1 for n in (1, 63, 64, 200)] == [64, 64, 128, 256]
