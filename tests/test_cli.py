@@ -15,7 +15,7 @@ from anyorder import AnyOrderForCausalLM, Factorization, Infiller, load
 from anyorder.cli import build_parser, main
 from anyorder.pieces import Pieces
 
-COMMANDS = ("convert", "adapt", "generate", "infill", "score", "bench", "show")
+COMMANDS = ("convert", "adapt", "generate", "infill", "score", "bench", "show", "plot")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -65,6 +65,23 @@ def test_constraints_of_blanks(capsys, checkpoint):
     assert sum(record["spans"][0]["probabilities"].values()) == pytest.approx(1)
     record = json.loads(run(capsys, *arguments, "--length", 3, "--pattern", "[0-9]+")[1])
     assert record["spans"][0]["text"].isdigit()
+
+
+def test_watching_and_drawing(capsys, checkpoint, tmp_path):
+    file = tmp_path / "trace.json"
+    arguments = ("infill", "a ___ c", "--model", checkpoint, "--length", 4, "--trace", file, "--watch")
+    code, out, error = run(capsys, *arguments, "--policy", "dynamic:step_size=2")
+    assert code == 0
+    shown = [line for line in error.splitlines() if line.startswith("a")]
+    assert shown[0] == "a···· c"
+    assert [line.count("·") for line in shown] == [4, 2, 0]
+    assert shown[-1] == out.strip()
+    for kind in ("html", "png", "gif"):
+        assert run(capsys, "plot", file, tmp_path / f"order.{kind}")[1].endswith("4 tokens in 2 steps\n")
+        assert (tmp_path / f"order.{kind}").stat().st_size > 1000
+    assert "no trace" in run(capsys, "plot", tmp_path / "order.html", tmp_path / "x.png")[2]
+    two = run(capsys, "infill", "a ___", "b ___", "--model", checkpoint, "--trace", file)
+    assert "--trace takes one text, got 2" in two[2]
 
 
 def test_a_policy_that_does_not_exist_is_told_at_once(capsys):

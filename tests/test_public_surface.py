@@ -34,7 +34,7 @@ LAYERS = [
     ["policies.speculative"],
     ["policies"],
     ["scoring", "decoding"],
-    ["infilling", "revision"],
+    ["infilling", "revision", "trace"],
     ["training.curriculum"],
     ["training.texts", "training.curves", "training.checkpoints", "training.plan"],
     ["training.data"],
@@ -120,6 +120,7 @@ MODEL = {"--model", "--dtype", "--device"}
 TEXTS = {"--file", "--lines"}
 ORDER = {"--group-size", "--order", "--seed"}
 SAMPLING = {"--sample", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed"}
+WATCHING = {"--watch", "--trace"}
 OPTIONS = {
     "adapt": COMMON
     | {"--dtype", "--device", "--train-file", "--curriculum", "--adapter", "--rank", "--recipe", "--tokens", "--length"}
@@ -144,13 +145,15 @@ OPTIONS = {
     | {"--policies", "--greedy", "--temperature", "--top-p", "--batch-size", "--prompts", "--prompt-tokens"}
     | {"--new-tokens", "--prompt-file", "--against", "--seed"},
     "convert": COMMON | {"--recipe", "--dtype", "--device", "--overwrite"},
-    "generate": COMMON | MODEL | TEXTS | SAMPLING | {"--max-new-tokens", "--group-size", "--policy"},
+    "generate": COMMON | MODEL | TEXTS | SAMPLING | {"--max-new-tokens", "--group-size", "--policy"} | WATCHING,
     "infill": COMMON
     | MODEL
     | TEXTS
     | SAMPLING
     | ORDER
-    | {"--blank", "--length", "--special-tokens", "--policy", "--choice", "--pattern"},
+    | {"--blank", "--length", "--special-tokens", "--policy", "--choice", "--pattern"}
+    | WATCHING,
+    "plot": COMMON,
     "score": COMMON | MODEL | TEXTS | ORDER,
     "show": COMMON | ORDER | {"--given", "--recipe"},
 }

@@ -8,7 +8,8 @@ Shapes: B batch, T columns, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,18 @@ class Commit:
     step: int
 
 
+class Watcher(ABC):
+    """Is told what `generate` does while it does it."""
+
+    @abstractmethod
+    def begin(self, ids: Tensor, is_open: Tensor) -> None:
+        """Before the first step: (B, T) ids, and (B, T) bool where there is no token yet."""
+
+    @abstractmethod
+    def step(self, commits: Sequence[Commit]) -> None:
+        """What a step has committed, of all rows."""
+
+
 @dataclass(frozen=True)
 class GenerateOutput:
     """What `generate` returns with `return_dict_in_generate=True`."""
@@ -69,6 +82,7 @@ def generate(
     attention_mask: Tensor | None = None,
     return_dict_in_generate: bool = False,
     pad_token_id: int | None = None,
+    watch: Watcher | None = None,
     **options: Any,
 ) -> Tensor | GenerateOutput:
     """Fill every predicted position.
@@ -83,6 +97,7 @@ def generate(
         attention_mask: (B, T), without a factorization: 0 marks padding of the prompts.
         return_dict_in_generate: return a `GenerateOutput` instead of the ids alone.
         pad_token_id: default: the model's pad id, else its end id.
+        watch: is told of each step, such as a `trace.Recorder`. Prompts stand at its columns from their first token.
         options: see `stream`.
 
     Returns:
@@ -91,8 +106,11 @@ def generate(
     """
     request = _request(model, input_ids, factorization, policy, max_new_tokens, attention_mask)
     run, steps = _start(model, request, options)
-    for _ in steps:
-        pass
+    if watch is not None:
+        watch.begin(run.ids.clone(), run.is_open.clone())
+    for step in steps:
+        if watch is not None:
+            watch.step(list(_commits([step])))
     output = _output(run, _pad_id(model, pad_token_id))
     if factorization is None:
         output = _as_continuations(output, input_ids, request)
@@ -133,7 +151,7 @@ def stream(
     return _commits(_start(model, request, options)[1])
 
 
-def _commits(steps: Iterator[Step]) -> Iterator[Commit]:
+def _commits(steps: Iterable[Step]) -> Iterator[Commit]:
     for step in steps:
         rows = zip(step.row.tolist(), step.column.tolist(), step.token.tolist(), step.log_prob.tolist(), strict=True)
         for row, column, token, log_prob in rows:
@@ -184,7 +202,7 @@ def _request(
 
 
 def _start(model: AnyOrderForCausalLM, request: _Request, options: dict[str, Any]) -> tuple[Run, Iterator[Step]]:
-    check_options(options, _start_checked, "max_new_tokens", "pad_token_id")
+    check_options(options, _start_checked, "max_new_tokens", "pad_token_id", "watch")
     return _start_checked(model, request, **options)
 
 

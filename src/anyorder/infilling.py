@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from anyorder.constraints import Automaton, Choice, Constraint, JsonSchema, Pattern, Slot, Slots
+from anyorder.decoding import Watcher
 from anyorder.factorization import ABSENT, GIVEN, Factorization
 from anyorder.options import check_options
 from anyorder.pieces import Pieces
@@ -122,6 +123,7 @@ class Infiller:
             blank_order: numbers of blanks, from 0, in the order in which they are filled; blanks that it leaves out
                 come last, from left to right.
             suppress_tokens: ids that no blank may hold.
+            watch: is told of each step, such as a `trace.Recorder`.
             group_size: tokens predicted at a step, default 1.
             order: "left_to_right" (default) or "random" order of the blank positions.
             policy: see `policies`; default: the groups of that order.
@@ -156,6 +158,7 @@ class Infiller:
         blank_order: Sequence[int] | None = None,
         suppress_tokens: Sequence[int] = (),
         generator: Generators = None,
+        watch: Watcher | None = None,
         **sampling: Any,
     ) -> list[Infill]:
         templates = [Template.parse(text, blank) for text in texts]
@@ -184,6 +187,7 @@ class Infiller:
             allowed_tokens=self._allowed(encoded, blanks, special_tokens, suppress_tokens),
             slots=self._slots(encoded, wanted, blanks.shape, suppress_tokens),
             return_dict_in_generate=True,
+            watch=watch,
             **sampling,
         )
         assert not isinstance(output, Tensor)

@@ -1,4 +1,4 @@
-"""The command line: `anyorder convert | adapt | generate | infill | score | bench | show`.
+"""The command line: `anyorder convert | adapt | generate | infill | score | bench | show | plot`.
 
 Texts come from arguments, from `--file` or from standard input. Results go to standard output, everything else to
 standard error. An error is one line and exit code 2; `--debug` shows the traceback.
@@ -18,7 +18,16 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from anyorder import __version__
-from anyorder.cli.commands import add_adapt, add_bench, add_convert, add_generate, add_infill, add_score, add_show
+from anyorder.cli.commands import (
+    add_adapt,
+    add_bench,
+    add_convert,
+    add_generate,
+    add_infill,
+    add_plot,
+    add_score,
+    add_show,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"anyorder {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", parser_class=_Parser)
-    for add in (add_convert, add_adapt, add_generate, add_infill, add_score, add_bench, add_show):
+    for add in (add_convert, add_adapt, add_generate, add_infill, add_score, add_bench, add_show, add_plot):
         add(subparsers)
     return parser
 

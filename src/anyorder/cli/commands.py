@@ -16,12 +16,14 @@ from anyorder.cli.options import (
     add_policy,
     add_sampling,
     add_texts,
+    add_watching,
     load_model,
     positive,
     print_json,
     progress,
     read_texts,
     sampling_options,
+    watching,
 )
 from anyorder.training import adapt
 
@@ -123,6 +125,7 @@ def add_generate(subparsers: Any) -> None:
     parser.add_argument("--group-size", type=positive, default=1, metavar="N", help="tokens a forward; default: 1")
     add_policy(parser)
     add_sampling(parser)
+    add_watching(parser)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -138,13 +141,15 @@ def _generate(options: argparse.Namespace) -> None:
     pieces = Pieces(tokenizer)
     for number, text in enumerate(progress(texts)):
         ids = tokenizer.encode(text) or [pieces.start_token()]
-        output = model.generate(
-            torch.tensor([ids]),
-            max_new_tokens=options.max_new_tokens,
-            policy=options.policy or policies.groupwise(options.group_size),
-            return_dict_in_generate=True,
-            **sampling_options(options, number),
-        )
+        with watching(options, tokenizer, len(texts)) as watch:
+            output = model.generate(
+                torch.tensor([ids]),
+                max_new_tokens=options.max_new_tokens,
+                policy=options.policy or policies.groupwise(options.group_size),
+                return_dict_in_generate=True,
+                watch=watch,
+                **sampling_options(options, number),
+            )
         assert not isinstance(output, torch.Tensor)
         new = [token for token in output.sequences[0, len(ids) :].tolist() if token not in tokenizer.all_special_ids]
         continuation = pieces.decode(new, at_start=not text)
@@ -177,6 +182,7 @@ def add_infill(subparsers: Any) -> None:
     constraint.add_argument("--pattern", metavar="REGEX", help="every blank matches this, in exactly --length tokens")
     parser.add_argument("--special-tokens", action="store_true", help="allow special tokens inside a blank")
     add_sampling(parser)
+    add_watching(parser)
 
 
 def _infill(options: argparse.Namespace) -> None:
@@ -196,11 +202,12 @@ def _infill(options: argparse.Namespace) -> None:
     infiller = Infiller(model, tokenizer)
     length = options.length[0] if len(options.length) == 1 else options.length
     for number, text in enumerate(progress(texts)):
-        filled = infiller(
-            text, blank=options.blank, length=length, group_size=options.group_size, order=options.order,
-            policy=options.policy, constraints=constraint, special_tokens=options.special_tokens,
-            **sampling_options(options, number),
-        )  # fmt: skip
+        with watching(options, tokenizer, len(texts)) as watch:
+            filled = infiller(
+                text, blank=options.blank, length=length, group_size=options.group_size, order=options.order,
+                policy=options.policy, constraints=constraint, special_tokens=options.special_tokens, watch=watch,
+                **sampling_options(options, number),
+            )  # fmt: skip
         if options.json:
             spans = [vars(span) for span in filled.spans]
             print_json({"text": filled.text, "spans": spans, "log_prob": filled.log_prob, "forwards": filled.forwards})
@@ -289,3 +296,26 @@ def _show(options: argparse.Namespace) -> None:
         print_json({"group_ids": order.group_ids[0].tolist(), "content_rows": layout.rows.content_count, **rows})
     else:
         print(order.describe([names]), describe(layout, [names]), sep="\n\n")
+
+
+# ---------------------------------------------------------------------- plot
+
+
+def add_plot(subparsers: Any) -> None:
+    """`anyorder plot`."""
+    parser = add_command(
+        subparsers, "plot", _plot, "draw in which order a text was filled", "anyorder plot trace.json order.html"
+    )
+    parser.add_argument("trace", type=Path, help="a file that --trace of generate or infill wrote")
+    parser.add_argument("output", type=Path, help="a file ending in .html (to play and scrub), .png or .gif")
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from anyorder.trace import Trace, draw
+
+    trace = Trace.load(options.trace)
+    draw(trace, options.output)
+    if options.json:
+        print_json({"output": str(options.output), "steps": trace.steps, "tokens": len(trace.filled)})
+    else:
+        print(f"{options.output}: {len(trace.filled)} tokens in {trace.steps} steps")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from anyorder.modeling import AnyOrderForCausalLM
     from anyorder.policies import Policy
+    from anyorder.trace import Recorder
 
 
 def add_command(subparsers: Any, name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
@@ -90,6 +92,35 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, metavar="P", help="implies --sample")
     parser.add_argument("--repetition-penalty", type=float, metavar="R")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+
+
+def add_watching(parser: argparse.ArgumentParser) -> None:
+    """Seeing the order of generation."""
+    parser.add_argument("--watch", action="store_true", help="show the text as it fills, coloured by probability")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write what each step did, for anyorder plot")
+
+
+@contextmanager
+def watching(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: int) -> Iterator[Recorder | None]:
+    """Something that watches, if it was asked for; its trace is written at the end.
+
+    Raises:
+        ValueError: if a trace of several texts is asked for.
+    """
+    from anyorder.trace import Live, Recorder
+
+    if options.trace is not None and texts > 1:
+        raise ValueError(f"--trace takes one text, got {texts}")
+
+    def text(token: int) -> str:
+        return "" if token in tokenizer.all_special_ids else tokenizer.decode([token])
+
+    watcher = Live(text) if options.watch else Recorder(text) if options.trace is not None else None
+    yield watcher
+    if isinstance(watcher, Live):
+        watcher.close()
+    if options.trace is not None and watcher is not None:
+        watcher.traces[0].save(options.trace)
 
 
 def sampling_options(options: argparse.Namespace, number: int) -> dict[str, Any]:
