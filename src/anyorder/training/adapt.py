@@ -205,9 +205,10 @@ def _prepare(options: argparse.Namespace) -> str | None:
     described = {name: value for name, value in vars(options).items() if name not in _NOT_OF_THE_RUN}
     described = json.loads(json.dumps(described, default=str))
     file = options.output / "run.json"
+    found = checkpoints.complete(options.output / "checkpoints") if options.resume else []
+    newest = str(found[-1]) if found else None
     if int(os.environ.get("RANK", "0")) > 0:  # the first process checks and writes for all; if it fails, all end
-        found = checkpoints.complete(options.output / "checkpoints") if options.resume else []
-        return str(found[-1]) if found else None
+        return newest
     if not options.resume:
         if options.output.exists() and any(options.output.iterdir()):
             raise ValueError(f"{options.output} is not empty: add --resume to go on, or choose another directory")
@@ -221,11 +222,9 @@ def _prepare(options: argparse.Namespace) -> str | None:
         if before.get(name) != value:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"the run in {options.output} has {option} {before.get(name)}, not {value}: use the same")
-    found = checkpoints.complete(options.output / "checkpoints")
-    if not found:
+    if newest is None:
         print("no checkpoint yet: starting from the beginning", file=sys.stderr)
-        return None
-    return str(found[-1])
+    return newest
 
 
 def _model(
