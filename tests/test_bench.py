@@ -39,6 +39,18 @@ def test_decoders_are_measured_on_the_same_prompts():
     assert one.ratios[0] == pytest.approx(results[0].seconds[0] / one.seconds[0])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of Inductor's own imports
+def test_compiled_decoders_stand_beside_eager_ones(capsys, checkpoint, tmp_path):
+    arguments = ["bench", str(tmp_path / "out"), "--model", str(checkpoint), "--prompts", "1", "--batch-size", "1"]
+    arguments += ["--prompt-tokens", "6", "--new-tokens", "4", "--compile", "--greedy", "--policies", "groupwise"]
+    assert main(arguments) == 0
+    results = json.loads((tmp_path / "out" / "bench.json").read_text())["results"]
+    assert [r["decoder"] for r in results][1:] == ["groupwise, greedy", "groupwise, greedy, compiled"]
+    assert results[1]["base_nats_per_token"] == pytest.approx(results[2]["base_nats_per_token"], abs=1e-5)
+    assert results[2]["warm_up_seconds"] > results[1]["warm_up_seconds"]
+    assert "warm-up, s" in capsys.readouterr().out
+
+
 def test_sampling_is_the_same_in_every_batch():
     model = converted("llama")
     sampling = {"temperature": 1.0, "top_p": 0.9}

@@ -143,7 +143,7 @@ OPTIONS = {
     "bench": COMMON
     | MODEL
     | {"--policies", "--greedy", "--temperature", "--top-p", "--batch-size", "--prompts", "--prompt-tokens"}
-    | {"--new-tokens", "--prompt-file", "--against", "--seed"},
+    | {"--new-tokens", "--prompt-file", "--against", "--seed", "--compile"},
     "convert": COMMON | {"--recipe", "--dtype", "--device", "--overwrite"},
     "generate": COMMON | MODEL | TEXTS | SAMPLING | {"--max-new-tokens", "--group-size", "--policy"} | WATCHING,
     "infill": COMMON

@@ -73,11 +73,13 @@ class HuggingFace(Decoder):
 
 
 class AnyOrder(Decoder):
-    """A converted model from left to right under a policy."""
+    """A converted model from left to right under a policy, eager or compiled."""
 
-    def __init__(self, model: AnyOrderForCausalLM, policy: Policy, name: str, sampling: Sampling | None):
-        self.model, self.policy, self.sampling = model, policy, sampling
-        self.name = name if sampling is not None else f"{name}, greedy"
+    def __init__(
+        self, model: AnyOrderForCausalLM, policy: Policy, name: str, sampling: Sampling | None, compile: bool = False
+    ):
+        self.model, self.policy, self.sampling, self.compile = model, policy, sampling, compile
+        self.name = name + ", greedy" * (sampling is None) + ", compiled" * compile
 
     def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
         draws: Sampling = {"do_sample": False}
@@ -85,7 +87,13 @@ class AnyOrder(Decoder):
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             draws = {"do_sample": True, "generator": generators, **self.sampling}
         output = self.model.generate(
-            ids, max_new_tokens=new, policy=self.policy, eos_token_id=(), return_dict_in_generate=True, **draws
+            ids,
+            max_new_tokens=new,
+            policy=self.policy,
+            compile=self.compile,
+            eos_token_id=(),
+            return_dict_in_generate=True,
+            **draws,
         )
         assert not isinstance(output, Tensor)
         return Continuation(output.sequences, output.forwards)

@@ -16,8 +16,9 @@ def table(records: Sequence[Record]) -> str:
     """Markdown, one line a decoder and batch size."""
     quality = [name for name in _QUALITY if name in records[0]]
     several = any(record["same_as_alone"] is not None for record in records)
+    compiled = any(record["decoder"].endswith("compiled") for record in records)
     head = ["decoder", "batch", "tokens/s (min .. max)", "ratio (min .. max)", "forwards a token", "ms a forward"]
-    head += [_QUALITY[name] for name in quality] + ["same as alone"] * several
+    head += [_QUALITY[name] for name in quality] + ["same as alone"] * several + ["warm-up, s"] * compiled
     lines = [head, ["---"] * len(head)]
     for record in records:
         speed = "{tokens_per_second:.1f} ({tokens_per_second_min:.1f} .. {tokens_per_second_max:.1f})".format(**record)
@@ -28,6 +29,8 @@ def table(records: Sequence[Record]) -> str:
         if several:
             same = record["same_as_alone"]
             line.append("" if same is None else f"{same} of {record['prompts']}")
+        if compiled:
+            line.append(f"{record['warm_up_seconds']:.0f}")
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

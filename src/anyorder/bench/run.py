@@ -35,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
         "--policies", nargs="+", default=DEFAULT_POLICIES, metavar="NAME[:OPTION=VALUE,...]",
         help=f"as --policy of generate; default: {' '.join(DEFAULT_POLICIES)}",
     )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="also each policy compiled; warm-up is told apart")
     parser.add_argument("--greedy", action="store_true", help="take the most likely tokens instead of sampling")
     parser.add_argument("--temperature", type=float, metavar="T", help="default: 1")
     parser.add_argument("--top-p", type=float, metavar="P", help="default: 1")
@@ -74,7 +75,11 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     model, tokenizer = load(options)
     ids, references = _prompts(options, model, tokenizer)
     decoders: list[Decoder] = [HuggingFace(model, None if options.greedy else sampling)]
-    decoders += [AnyOrder(model, policy, text, None if options.greedy else sampling) for policy, text in chosen]
+    decoders += [
+        AnyOrder(model, policy, text, None if options.greedy else sampling, compiled)
+        for compiled in (False, True)[: 1 + options.compile]
+        for policy, text in chosen
+    ]
     decoders += [Foreign(place, model) for place in options.against]
     results = measure(decoders, ids, options.new_tokens, sorted(set(options.batch_size)), options.seed)
     for result in results:
