@@ -185,6 +185,18 @@ def test_choices_are_drawn_with_their_probabilities(infiller):
     assert chisquare(counts.numpy(), (exact / exact.sum() * N).numpy()).pvalue > 0.01
 
 
+def test_choices_follow_the_sampling_options(infiller):
+    text, choice = ["b ___ a"] * 400, Choice("a", "b", "ab", "c")
+    likeliest = infiller(text[0], constraints=choice).spans[0]
+    shares = likeliest.probabilities
+    assert likeliest.text == max(shares, key=shares.get)
+    for options in ({"do_sample": False, "generator": generator(1)}, {"temperature": 0.01, "generator": generator(1)}):
+        assert {f.spans[0].text for f in infiller(text, constraints=choice, **options)} == {likeliest.text}
+    torch.manual_seed(0)
+    drawn = [f.spans[0].text for f in infiller(text, constraints=choice, temperature=3.0)]
+    assert set(drawn) == set(choice.options)
+
+
 def test_choices_and_other_blanks_in_one_text(infiller):
     constraints = [Pattern("[ab]+"), Choice("a", "b b b"), None]
     filled = infiller(["x ___ y ___ z ___", "___ ___ ___"], length=[2, 1, 3], constraints=constraints)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
 
 DEFAULT_LENGTH = 8
+_DRAWING = ("temperature", "top_k", "top_p", "min_p")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -166,10 +167,12 @@ class Infiller:
         # One set for the order and the draws; without one the order alone must not turn sampling on.
         generators = row_generators(generator, len(texts)) if generator is not None or order == "random" else None
         lengths = [_lengths(length, template.blanks) for template in templates]
-        decisions = [
-            self._decide(template, own, kinds, None if generator is None or generators is None else generators[row])
-            for row, (template, own, kinds) in enumerate(zip(templates, lengths, wanted, strict=True))
-        ]
+        do_sample = sampling.get("do_sample")
+        if do_sample is None:
+            do_sample = generator is not None or any(sampling.get(name) is not None for name in _DRAWING)
+        heat = (sampling.get("temperature") or 1.0) if do_sample else None
+        sources = generators if generators is not None else [None] * len(texts)
+        decisions = [self._decide(*parts, heat) for parts in zip(templates, lengths, wanted, sources, strict=True)]
         encoded = [self._encode(*parts) for parts in zip(templates, lengths, decisions, strict=True)]
         self._check_context(encoded)
         ids, blanks = _pad([e.ids for e in encoded], 0), _pad([e.blank for e in encoded], -1)
@@ -202,8 +205,12 @@ class Infiller:
         lengths: list[int],
         constraints: list[Constraint | None],
         generator: torch.Generator | None,
+        temperature: float | None,
     ) -> dict[int, _Decision]:
-        """What each choice of a text comes to, from left to right, given its fixed text and earlier choices."""
+        """What each choice of a text comes to, from left to right, given its fixed text and earlier choices.
+
+        Without a temperature the likeliest string, else one that is drawn.
+        """
         decisions: dict[int, _Decision] = {}
         for k, constraint in enumerate(constraints):
             if not isinstance(constraint, Choice):
@@ -222,7 +229,9 @@ class Infiller:
             order = Factorization.stack(groups)
             scores = self.model.log_likelihood(_pad([e.ids for e in tried], 0), order).double().sum(dim=1).cpu()
             shares = scores.softmax(dim=0)
-            best = int(shares.argmax() if generator is None else torch.multinomial(shares, 1, generator=generator))
+            best = int(scores.argmax())
+            if temperature is not None:
+                best = int(torch.multinomial((scores / temperature).softmax(dim=0), 1, generator=generator))
             ids = [token for token, b in zip(tried[best].ids, tried[best].blank, strict=True) if b == k]
             named = dict(zip(constraint.options, shares.tolist(), strict=True))
             decisions[k] = _Decision(constraint.options[best], ids, float(scores[best]), named)
