@@ -90,8 +90,9 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
             texts = [tokenizer.decode(row[-new:], skip_special_tokens=True) for row in sequences]
             result.quality["rouge_l"] = quality.rouge_l(texts, references[: len(texts)])
     records = [result.record() for result in results]
-    names = ("model", "dtype", "device", "greedy", "temperature", "top_p", "prompt_tokens", "new_tokens", "seed")
+    names = ("model", "dtype", "device", "prompt_tokens", "new_tokens", "seed")
     settings = {name: getattr(options, name) for name in names}
+    settings["sampling"] = "greedy" if options.greedy else ", ".join(f"{k} {v}" for k, v in sampling.items())
     settings |= {"prompts": len(ids), "prompt_file": options.prompt_file, "threads": torch.get_num_threads()}
     files = report.write(records, settings, options.output)
     if options.json:
