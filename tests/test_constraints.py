@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from anyorder import Factorization, Infiller, policies
 from anyorder.constraints import Automaton, Choice, JsonSchema, Pattern, Slot, Slots
+from anyorder.infilling import Infill
 from architectures import converted
 from test_decoding import generator, p_value
 
@@ -22,6 +23,16 @@ TOKENS = {0: "a", 1: "b", 2: "ab", 3: "1", 4: "12", 5: " ", 6: "é", 7: "2"}
 @pytest.fixture(scope="module")
 def infiller(byte_tokenizer):
     return Infiller(converted("llama", vocabulary=len(byte_tokenizer)), byte_tokenizer)
+
+
+def filled_or_refused(infiller: Infiller, text: str, **options) -> Infill | None:
+    """None: no tokens of this length match, and the error says so."""
+    try:
+        return infiller(text, **options)
+    except ValueError as error:
+        refused = str(error)
+    assert "tokens match the constraint of the blank" in refused
+    return None
 
 
 # ---------------------------------------------------------------------- automata
@@ -93,16 +104,16 @@ REGEXES = ["[a-c ]+", "(ab|ba)*", "\\d\\d?(\\.\\d+)?", "[A-Z][a-z]*", "(yes|no|m
 def test_every_pattern_is_met_or_refused(infiller, regexes, lengths, seed, fast, text):
     constraints = [None if regex is None else Pattern(regex) for regex in regexes]
     policy = policies.speculative(draft_length=2) if fast else None
-    try:
-        filled = infiller(
-            text, length=lengths, constraints=constraints, policy=policy, generator=generator(seed), temperature=2.0
-        )
-    except ValueError as error:
-        refused = str(error)
-    else:
-        refused = None
-    if refused is not None:
-        assert "tokens match the constraint of the blank" in refused
+    filled = filled_or_refused(
+        infiller,
+        text,
+        length=lengths,
+        constraints=constraints,
+        policy=policy,
+        generator=generator(seed),
+        temperature=2.0,
+    )
+    if filled is None:
         return
     for span, regex, length in zip(filled.spans, regexes, lengths, strict=True):
         assert span.tokens == length
@@ -129,14 +140,9 @@ SCHEMAS = [
 @given(schema=st.sampled_from(SCHEMAS), length=st.integers(1, 30), seed=st.integers(0, 10**6))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_json_slots_always_parse(infiller, schema, length, seed):
-    try:
-        filled = infiller("x: ___, y", length=length, constraints=JsonSchema(schema), generator=generator(seed))
-    except ValueError as error:
-        refused = str(error)
-    else:
-        refused = None
-    if refused is not None:
-        assert "tokens match the constraint of the blank" in refused
+    options = {"length": length, "constraints": JsonSchema(schema), "generator": generator(seed)}
+    filled = filled_or_refused(infiller, "x: ___, y", **options)
+    if filled is None:
         return
     value = json.loads(filled.spans[0].text)
     kinds = {"integer": int, "boolean": bool, "string": str, "object": dict, "array": list}

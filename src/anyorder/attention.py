@@ -121,14 +121,10 @@ class Reads:
         if window is None and bool((lo == keys.start).all()) and bool((hi == keys.stop).all()):
             return rows, keys, None
         rank = torch.arange(keys.start, keys.stop, device=lo.device)
-        mask = (rank >= lo[:, :, None]) & (rank < hi[:, :, None])
-        if window is not None:
-            here, there = self._rows.positions[:, rows, None], self._key_positions[:, None, keys]
-            mask &= (here - there).abs() < window
-        B, r, k = mask.shape
-        mask = mask.to(self._device)[:, None, None].expand(B, 1, repeats, r, k).reshape(B, 1, repeats * r, k)
+        here, there = self._rows.positions[:, rows], self._key_positions[:, keys]
+        mask = for_heads(which_are_read(lo, hi, rank, here, there, window).to(self._device), repeats)
         if dtype != torch.bool and mask.device.type == "cpu" and mask.numel() <= ADDITIVE_ELEMENTS:
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+            mask = additive(mask, dtype)
         return rows, keys, mask
 
     def block_mask(self, window: int | None) -> Any:
@@ -151,6 +147,30 @@ class Reads:
             rule = interval if window is None else and_masks(interval, near)
             self._block_masks[window] = create_block_mask(rule, B, None, R, self.key_count, device=device)
         return self._block_masks[window]
+
+
+def which_are_read(lo: Tensor, hi: Tensor, rank: Tensor, here: Tensor, there: Tensor, window: int | None) -> Tensor:
+    """(B, R, K) bool: which keys each row reads, by its interval and, if there is one, the sliding window.
+
+    Args:
+        lo, hi: (B, R) int64, the intervals.
+        rank: (K,) int64, of the keys.
+        here, there: (B, R) and (B, K) int64, positions of rows and keys.
+        window: positions; None: no window.
+    """
+    mask = (rank >= lo[:, :, None]) & (rank < hi[:, :, None])
+    return mask if window is None else mask & ((here[:, :, None] - there[:, None]).abs() < window)
+
+
+def for_heads(mask: Tensor, repeats: int) -> Tensor:
+    """(B, R, K) -> (B, 1, repeats * R, K): the heads that share a key head are stacked as rows."""
+    B, R, K = mask.shape
+    return mask[:, None, None].expand(B, 1, repeats, R, K).reshape(B, 1, repeats * R, K)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the numbers that are added to scores: 0, or -inf where it is False."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def anyorder_attention(

@@ -58,6 +58,11 @@ class KeyValueStore:
             if start is not None:
                 buffer[:, :, start : start + new.shape[2]] = new
             else:
-                batch = torch.arange(new.shape[0], device=new.device)[:, None]
-                buffer[batch, :, slots] = new.transpose(1, 2)
+                scatter(buffer, new, slots)
         return buffers
+
+
+def scatter(buffer: Tensor, new: Tensor, slots: Tensor) -> None:
+    """Write (B, heads, C, head_dim) into (B, C) slots of a buffer (B, heads, capacity + 1, head_dim)."""
+    batch = torch.arange(new.shape[0], device=new.device)[:, None]
+    buffer[batch, :, slots] = new.transpose(1, 2)

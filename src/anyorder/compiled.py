@@ -22,8 +22,8 @@ import torch._dynamo
 import torch._inductor.config
 from torch import Tensor, nn
 
-from anyorder.attention import Block
-from anyorder.cache import KeyValueStore
+from anyorder.attention import Block, additive, for_heads, which_are_read
+from anyorder.cache import KeyValueStore, scatter
 from anyorder.layout import Rows
 
 if TYPE_CHECKING:
@@ -73,23 +73,16 @@ class StaticReads:
     def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the content rows' keys and values; all slots come back."""
         C = self.slots.shape[1]
-        batch = torch.arange(key.shape[0], device=key.device)[:, None]
-        for buffer, new in ((self.keys[layer], key), (self.values[layer], value)):
-            buffer[batch, :, self.slots] = new[:, :, :C].transpose(1, 2)
+        scatter(self.keys[layer], key[:, :, :C], self.slots)
+        scatter(self.values[layer], value[:, :, :C], self.slots)
         return self.keys[layer], self.values[layer]
 
     def plan(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Block]:
         """All rows in one block, with its mask."""
-        B, R = self.lo.shape
-        K = self.key_positions.shape[1]
+        R, K = self.lo.shape[1], self.key_positions.shape[1]
         rank = torch.arange(K, device=self.lo.device)
-        mask = (rank >= self.lo[:, :, None]) & (rank < self.hi[:, :, None])
-        if window is not None:
-            mask = mask & ((self.positions[:, :, None] - self.key_positions[:, None]).abs() < window)
-        mask = mask[:, None, None].expand(B, 1, repeats, R, K).reshape(B, 1, repeats * R, K)
-        if dtype != torch.bool:
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-        return [(slice(0, R), slice(0, K), mask)]
+        mask = for_heads(which_are_read(self.lo, self.hi, rank, self.positions, self.key_positions, window), repeats)
+        return [(slice(0, R), slice(0, K), mask if dtype == torch.bool else additive(mask, dtype))]
 
 
 class CompiledForward:
@@ -121,15 +114,7 @@ class CompiledForward:
         shape = (B, C_, Q_, K, bool(rows.gates.any()))
         if shape not in self._forwards:
             self._forwards[shape] = torch.compile(self._traced(shape[-1]), fullgraph=True, dynamic=False)
-        filler: dict[str, int | bool] = {
-            "seed_ids": 0,
-            "seeded": True,
-            "positions": 0,
-            "lo": 0,
-            "hi": 1,
-            "gates": False,
-        }
-        padded = [_padded(getattr(rows, name), C, C_, Q_, value) for name, value in filler.items()]
+        padded = [_padded(getattr(rows, name), C, C_, Q_, filler) for name, filler in _PADDING.items()]
         padded += [_right(rows.slots, C_, store.capacity), _right(key_positions, K, 0)]
         device = self.model.query_embedding.device
         frozen = torch._inductor.config.patch(freezing=device.type == "cpu")  # Dynamo reads it too: no option serves

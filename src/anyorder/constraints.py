@@ -13,6 +13,7 @@ Shapes: B batch, T columns, N predictions, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class JsonSchema:
     def __init__(self, schema: str | Mapping[str, Any]):
         object.__setattr__(self, "schema", schema if isinstance(schema, str) else json.dumps(schema))
 
-    @property
+    @functools.cached_property
     def pattern(self) -> Pattern:
         """The same as a regular expression.
 

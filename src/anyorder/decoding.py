@@ -24,7 +24,7 @@ from anyorder.loop import FREE, Run, Step, Uniforms
 from anyorder.options import check_options
 from anyorder.policies import GroupWise, Policy
 from anyorder.randomness import Generators, row_generators, uniforms
-from anyorder.sampling import AllowedTokens, Sampler
+from anyorder.sampling import AllowedTokens, Sampler, does_sample
 
 if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
@@ -222,8 +222,8 @@ def _start_checked(
     slots: Slots | None = None,
     compile: bool = False,
 ) -> tuple[Run, Iterator[Step]]:
-    if do_sample is None:
-        do_sample = any(value is not None for value in (temperature, top_k, top_p, min_p, generator))
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    do_sample = does_sample(do_sample, generator, settings)
     policy, factorization = request.policy, request.factorization.to("cpu")
     if int(factorization.documents.max()):
         raise ValueError("decoding takes one document a row: unstack the packed factorization first")

@@ -32,7 +32,7 @@ from anyorder.options import check_options
 from anyorder.pieces import Pieces
 from anyorder.policies import Policy
 from anyorder.randomness import Generators, row_generators
-from anyorder.sampling import AllowedTokens
+from anyorder.sampling import DRAWING, AllowedTokens, does_sample
 from anyorder.support import context_length
 from anyorder.template import Template
 
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
 
 DEFAULT_LENGTH = 8
-_DRAWING = ("temperature", "top_k", "top_p", "min_p")
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_SAMPLING = ("do_sample", *DRAWING, "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,7 @@ class Infiller:
         # One set for the order and the draws; without one the order alone must not turn sampling on.
         generators = row_generators(generator, len(texts)) if generator is not None or order == "random" else None
         lengths = [_lengths(length, template.blanks) for template in templates]
-        do_sample = sampling.get("do_sample")
-        if do_sample is None:
-            do_sample = generator is not None or any(sampling.get(name) is not None for name in _DRAWING)
+        do_sample = does_sample(sampling.get("do_sample"), generator, sampling)
         heat = (sampling.get("temperature") or 1.0) if do_sample else None
         sources = generators if generators is not None else [None] * len(texts)
         decisions = [self._decide(*parts, heat) for parts in zip(templates, lengths, wanted, sources, strict=True)]
@@ -215,11 +212,12 @@ class Infiller:
         for k, constraint in enumerate(constraints):
             if not isinstance(constraint, Choice):
                 continue
-            tried = []
-            for text in constraint.options:
-                eats = self._eats_space(template, k)
-                ids = self.pieces.encode(" " * eats + text, at_start=k == 0 and not template.pieces[0])
-                tried.append(self._encode(template, lengths, decisions | {k: _Decision(text, ids, 0.0, {})}))
+            eats, at_start = self._eats_space(template, k), k == 0 and not template.pieces[0]
+            own = [self.pieces.encode(" " * eats + text, at_start) for text in constraint.options]
+            tried = [
+                self._encode(template, lengths, decisions | {k: _Decision(text, ids, 0.0, {})})
+                for text, ids in zip(constraint.options, own, strict=True)
+            ]
             self._check_context(tried)
             groups = []
             for e in tried:
@@ -232,9 +230,8 @@ class Infiller:
             best = int(scores.argmax())
             if temperature is not None:
                 best = int(torch.multinomial((scores / temperature).softmax(dim=0), 1, generator=generator))
-            ids = [token for token, b in zip(tried[best].ids, tried[best].blank, strict=True) if b == k]
             named = dict(zip(constraint.options, shares.tolist(), strict=True))
-            decisions[k] = _Decision(constraint.options[best], ids, float(scores[best]), named)
+            decisions[k] = _Decision(constraint.options[best], own[best], float(scores[best]), named)
         return decisions
 
     def _slots(

@@ -4,8 +4,8 @@ Each step forwards the content rows of what was just committed together with the
 ask for, then settles what to commit. Keys and values are stored in generation order and never touched again, so the
 log-probabilities equal those of one parallel forward over the finished text (`cached == parallel`).
 
-This module knows token ids, ranks and the cache. Which positions come next is a policy's business (`policies`,
-`speculation`); requests and results are `decoding`'s.
+This module knows token ids, ranks and the cache. Which positions come next is a policy's business
+(`policies`); requests and results are `decoding`'s.
 
 Shapes: B batch, T columns, Q query rows asked for, N evaluated positions, V vocabulary.
 """

@@ -9,6 +9,7 @@ Shapes: B batch, T columns, N predictions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,17 @@ class AllowedTokens:
             raise ValueError(f"mask {int(empty.nonzero()[0])} of the allowed tokens allows none")
 
 
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
+"""Settings that have an effect only where tokens are drawn."""
+
+
+def does_sample(do_sample: bool | None, generator: object, settings: Mapping[str, object]) -> bool:
+    """Whether tokens are drawn: as said, or if not said, if a generator or a setting of drawing is given."""
+    if do_sample is not None:
+        return do_sample
+    return generator is not None or any(settings.get(name) is not None for name in DRAWING)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How a token is drawn from logits.
@@ -78,7 +90,7 @@ class Sampler:
                 f"temperature is {self.temperature}: for the most likely token leave it out (do_sample=False)"
             )
         if not self.do_sample:
-            for name in ("temperature", "top_k", "top_p", "min_p"):
+            for name in DRAWING:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}={getattr(self, name)} has no effect with do_sample=False: leave one out")
         self._processors()  # transformers checks each value

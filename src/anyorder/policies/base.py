@@ -91,8 +91,7 @@ class _Groups(Rounds):
             logits, row, column, hi = logits[chosen.to(logits.device)], row[chosen], column[chosen], hi[chosen]
         drawn = run.sampler.draw(run.processed(logits, row, column, hi), run.uniforms.draw[row, column])
         token = run.or_forced(drawn, row, column)
+        before = run.known
         step = run.commit(row, column, token.cpu(), token_log_probs(logits, token).cpu())
-        committed = torch.zeros_like(run.is_open)
-        committed[row, column] = True
-        run.append(committed)
+        run.append(run.known & ~before)
         return step

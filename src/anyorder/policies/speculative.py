@@ -95,11 +95,9 @@ class _Rounds(Rounds):
             run.ids[row, column[row]] = drafts.tokens[row, k]
             run.tokens.append(column[:, None], one)
         run.count = run.count + drafts.counts
-        self.verified = Asked(*(part[:, : K + 1] for part in (self.order.columns, self.order.used, self.order.hi)))
-        offset = torch.arange(self.verified.columns.shape[1])
-        self.verified = Asked(
-            self.verified.columns, self.verified.used & (offset <= drafts.counts[:, None]), self.verified.hi
-        )
+        columns, used, hi = (part[:, : K + 1] for part in (self.order.columns, self.order.used, self.order.hi))
+        used = used & (torch.arange(columns.shape[1]) <= drafts.counts[:, None])
+        self.verified = Asked(columns, used, hi)
         self.rows = self.source.rows(self.order, drafts, self.wanted)
         every = [self.verified, *self.rows]
         columns, used, hi = (
