@@ -142,6 +142,7 @@ def test_default_prompts_are_the_base_models_own(checkpoint):
     ("arguments", "message"),
     [
         (["--policies", "greedy"], "no policy 'greedy'"),
+        (["--temperature", "0"], "temperature is 0.0"),
         (["--greedy", "--top-p", "0.9"], "--greedy takes the most likely token"),
         (["--prompts", "2", "--batch-size", "4"], "--batch-size 4 needs as many prompts"),
     ],

@@ -65,13 +65,16 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     from anyorder.bench import quality, report
     from anyorder.bench.decoders import AnyOrder, Foreign, HuggingFace
     from anyorder.bench.measure import measure
+    from anyorder.sampling import Sampler
 
     chosen = [(policies.parse(text), text) for text in options.policies]  # a mistake is told before the model is loaded
     if options.greedy and (options.temperature is not None or options.top_p is not None):
         raise ValueError("--greedy takes the most likely token: leave out --temperature and --top-p")
     if max(options.batch_size) > options.prompts:
         raise ValueError(f"--batch-size {max(options.batch_size)} needs as many prompts: raise --prompts")
-    sampling = {"temperature": options.temperature or 1.0} | ({} if options.top_p is None else {"top_p": options.top_p})
+    sampling: dict[str, Any] = {"temperature": 1.0 if options.temperature is None else options.temperature}
+    sampling |= {} if options.top_p is None else {"top_p": options.top_p}
+    Sampler(not options.greedy, **({} if options.greedy else sampling))  # refuses values that cannot be meant
     model, tokenizer = load(options)
     ids, references = _prompts(options, model, tokenizer)
     decoders: list[Decoder] = [HuggingFace(model, None if options.greedy else sampling)]
