@@ -45,6 +45,18 @@ def test_infill(capsys, checkpoint):
     assert out == expected.text + "\n"
 
 
+def test_infill_finds_lengths(capsys, checkpoint):
+    arguments = ("infill", "a ___ b ___", "--model", checkpoint, "--json")
+    record = json.loads(run(capsys, *arguments, "--length", "2-4", "auto")[1])
+    expected = Infiller(*load(str(checkpoint)))("a ___ b ___", length=[(2, 4), "auto"])
+    assert record["text"] == expected.text
+    assert list(record["spans"][0]["lengths"]) == ["2", "3", "4"]
+    for wrong in ("2-", "x", "0-3", "automatic"):
+        with pytest.raises(SystemExit):
+            main([*map(str, arguments), "--length", wrong])
+        assert "is not a whole number from 1 up" in capsys.readouterr().err
+
+
 def test_policies_are_chosen_by_name(capsys, checkpoint):
     arguments = ("generate", "a b", "--model", checkpoint, "--max-new-tokens", 9, "--json")
     plain = json.loads(run(capsys, *arguments)[1])

@@ -361,3 +361,38 @@ def test_every_constructor_decodes(name):
     torch.testing.assert_close(
         output.log_probs, converted("qwen3").log_likelihood(output.sequences, order), atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "mistral"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_all_rows_begin_with_is_encoded_once(architecture, recipe, monkeypatch):
+    """Blanks of several lengths behind one start, between two texts: the same as each row alone."""
+    model = converted(architecture, recipe)
+    start, rows = torch.arange(3, 23), []
+    for n in (1, 3, 2):
+        end = torch.tensor([7, 9, 11])
+        rows.append((torch.cat([start, torch.zeros(n, dtype=torch.int64), end]), range(20, 20 + n)))
+    orders = [Factorization.infill(torch.isin(torch.arange(len(ids)), torch.tensor(blank))) for ids, blank in rows]
+    batch = torch.stack([torch.nn.functional.pad(ids, (0, 26 - len(ids))) for ids, _ in rows])
+    seen = []
+    forward = model.hidden_rows
+
+    def spy(rows, *rest):
+        seen.append(rows.lo.shape)
+        return forward(rows, *rest)
+
+    monkeypatch.setattr(model, "hidden_rows", spy)
+    output = run(model, batch, Factorization.stack(orders), generator=[generator(b) for b in range(3)])
+    if recipe == "exact":
+        assert seen[0] == (1, 19)
+        assert seen[1][0] == 3
+        assert seen[1][1] <= 1 + 3 + 1
+        assert output.forwards == 3 + 1
+    else:  # given tokens read what stands on their right
+        assert seen[0][0] == 3
+        assert output.forwards == 3
+    assert output.steps.max() == 2
+    for b, (order, (ids, _)) in enumerate(zip(orders, rows, strict=True)):
+        alone = run(model, ids[None], order, generator=[generator(b)])
+        assert torch.equal(alone.sequences[0], output.sequences[b, : len(ids)])
+        torch.testing.assert_close(alone.log_probs[0], output.log_probs[b, : len(ids)], atol=1e-5, rtol=0)

@@ -111,10 +111,10 @@ def test_lengths_by_blank(infiller):
 
 
 def test_the_space_in_front_of_a_blank_is_brought_by_its_first_token(infiller, byte_tokenizer):
-    assert infiller._encode(Template.parse("a ___ ___ b"), [1, 1], {}).eats_space == [True, True]
-    assert infiller._encode(Template.parse("a  ___\n ___"), [1, 1], {}).eats_space == [False, False]
+    assert infiller._blanks.encode(Template.parse("a ___ ___ b"), [1, 1], {}).eats_space == [True, True]
+    assert infiller._blanks.encode(Template.parse("a  ___\n ___"), [1, 1], {}).eats_space == [False, False]
     spaced = {i for token, i in byte_tokenizer.get_vocab().items() if token.startswith("Ġ")}
-    encoded = infiller._encode(Template.parse("ab ___ c"), [2], {})
+    encoded = infiller._blanks.encode(Template.parse("ab ___ c"), [2], {})
     assert encoded.eats_space == [True]
     assert byte_tokenizer.decode(encoded.ids[1:2]) == "ab"  # the space is not among the fixed tokens
     seen = []
@@ -139,7 +139,7 @@ def test_no_special_token_in_a_blank_unless_asked(infiller, byte_tokenizer):
     special = set(byte_tokenizer.all_special_ids)
 
     def drawn(**options) -> set[int]:
-        encoded = [infiller._encode(Template.parse("___"), [30], {})]
+        encoded = [infiller._blanks.encode(Template.parse("___"), [30], {})]
         blanks = torch.tensor([e.blank for e in encoded])
         return set(infiller._allowed(encoded, blanks, **options, suppress_tokens=()).masks[0].nonzero()[:, 0].tolist())
 
@@ -155,9 +155,9 @@ def test_no_special_token_in_a_blank_unless_asked(infiller, byte_tokenizer):
         ("", {}, "no blank in ''"),
         ("a ___", {"blank": ""}, "the blank marker is empty"),
         ("a ___", {"length": 0}, "length must be .* got 0"),
-        ("a ___", {"length": "auto"}, "length must be .* got 'auto'"),
+        ("a ___", {"length": "any"}, "length must be .* got 'any'"),
         ("a ___", {"length": [1, 2]}, "2 lengths for 1 blanks"),
-        ("a ___ b ___", {"length": (1, 2)}, r"a list with one for each blank, got \(1, 2\)"),
+        ("a ___ b ___", {"length": (2, 1)}, r"a list with one of these for each blank, got \(2, 1\)"),
         ("a ___", {"length": True}, "length must be .* got True"),
         ("a ___", {"length": None}, "length must be .* got None"),
         (None, {}, "text must be a string or a list of strings, got NoneType"),

@@ -32,6 +32,15 @@ class KeyValueStore:
         layers = [self._layers[layer] for layer in sorted(self._layers)]
         return [key for key, _ in layers], [value for _, value in layers]
 
+    def repeated(self, batch: int) -> KeyValueStore:
+        """A store of `batch` rows that all hold what the only row of this one does."""
+        store = KeyValueStore(self.capacity)
+        store._layers = {
+            layer: (key.repeat(batch, 1, 1, 1), value.repeat(batch, 1, 1, 1))
+            for layer, (key, value) in self._layers.items()
+        }
+        return store
+
     def append(self, layer: int, key: Tensor, value: Tensor, slots: Tensor, start: int | None) -> tuple[Tensor, Tensor]:
         """Store new content rows and return the whole buffers, each (B, heads, capacity + 1, head_dim).
 

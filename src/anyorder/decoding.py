@@ -65,7 +65,8 @@ class GenerateOutput:
     steps: Tensor
     """(B, T) int64: the step at which each position was committed; -1 if given, -2 if absent or behind the end."""
     forwards: int
-    """Forwards of the model, the first over the given tokens included."""
+    """Forwards of the model: one a step, and one more if all rows of a batch begin with the same 16 tokens or more,
+    which are then encoded once."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> GenerateOutput:
         """The same with every tensor replaced."""
@@ -291,7 +292,7 @@ def _output(run: Run, pad_id: int) -> GenerateOutput:
         sequences=torch.where(keep, run.ids, pad_id),
         log_probs=torch.where(keep, run.log_probs, 0.0),
         steps=torch.where(keep, run.steps, ABSENT),
-        forwards=run.forwards,
+        forwards=run.forwards + run.common_forwards,
     )
 
 

@@ -1,15 +1,11 @@
 """Text with blanks -> text.
 
-A blank is a set of positions, never a token id. The fixed pieces are tokenised one by one, so that nothing beside a
-blank is retokenised into something else, and they come back byte for byte: the result is glued from the original
-strings and the decoded blanks.
-
-A single space in front of a blank belongs to the fixed text, but to the first token of the blank in nearly every
-vocabulary (" cat" is one token). So the space is left out of the tokens, the blank's first token must bring it, and
-the decoded blank is printed without it.
+A blank is a set of positions, never a token id (`blanks`). The fixed pieces come back byte for byte: the result is
+glued from the original strings and the decoded blanks.
 
 A blank that is a choice of strings is decided before the others are filled, by the exact likelihood of each string
-given all fixed text.
+given all fixed text. A blank of unknown length is filled at every length that is tried, in one batch, and the likeliest
+is kept (`lengths`); several such blanks are settled from left to right.
 
 This module knows text and tokenizers; how tokens are predicted is `decoding`'s business.
 """
@@ -17,7 +13,7 @@ This module knows text and tokenizers; how tokens are predicted is `decoding`'s 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, overload
 
@@ -25,9 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from anyorder.blanks import Blanks, Encoded, by_blank, pad
 from anyorder.constraints import Automaton, Choice, Constraint, JsonSchema, Pattern, Slot, Slots
 from anyorder.decoding import Watcher
 from anyorder.factorization import ABSENT, GIVEN, Factorization
+from anyorder.lengths import DEFAULT, LengthPrior, Tries, candidates, provisional
 from anyorder.options import check_options
 from anyorder.pieces import Pieces
 from anyorder.policies import Policy
@@ -39,7 +37,6 @@ from anyorder.template import Template
 if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
 
-DEFAULT_LENGTH = 8
 _SAMPLING = ("do_sample", *DRAWING, "repetition_penalty")
 
 
@@ -57,6 +54,8 @@ class Span:
     tokens: int
     probabilities: dict[str, float] | None = None
     """Of the strings of a choice given the fixed text, exact up to one factor, which makes their sum 1."""
+    lengths: dict[int, float] | None = None
+    """Where its length was sought: the calibrated probability of each that was tried."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,12 @@ class Infill:
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class _Filled:
+    """An infill with its tokens."""
+
+    infill: Infill
+    encoded: Encoded
     ids: list[int]
-    blank: list[int]  # for each position the number of its blank, -1 for fixed text
-    eats_space: list[bool]  # for each blank: its first token brings the space in front of it
-    decided: frozenset[int] = frozenset()  # blanks whose tokens are there already
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,21 @@ class Infiller:
         tokenizer: the base model's.
         start_token_id: the token every text starts with; default: the document separator `<|endoftext|>` if the
             vocabulary has it, else the start token, else the end token.
+        length_prior: for blanks of unknown length; default: the one of the shipped model.
     """
 
     def __init__(
-        self, model: AnyOrderForCausalLM, tokenizer: PreTrainedTokenizerBase, start_token_id: int | None = None
+        self,
+        model: AnyOrderForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        start_token_id: int | None = None,
+        length_prior: LengthPrior | None = None,
     ):
         self.model, self.pieces = model, Pieces(tokenizer)
-        self.start_token_id = self.pieces.start_token() if start_token_id is None else start_token_id
+        self.length_prior = LengthPrior.load() if length_prior is None else length_prior
         self._text_mask, self._space_mask = self.pieces.masks(model.vocabulary_size)
+        self.start_token_id = self.pieces.start_token() if start_token_id is None else start_token_id
+        self._blanks = Blanks(self.pieces, self.start_token_id, bool(self._space_mask.any()))
         self._texts: dict[int, str] | None = None  # of the tokens that patterns are made of
         self._automata: dict[tuple[str, tuple[int, ...]], Automaton] = {}
 
@@ -117,7 +124,9 @@ class Infiller:
 
         Options:
             blank: the marker, default "___".
-            length: tokens of a blank: one number for all, or a list with one for each blank. Default 8.
+            length: tokens of a blank: a number, a range (lo, hi) or "auto", for all or in a list with one for each.
+                Default 8. Where it is not a number, each length is tried (see `lengths`): the blanks of one text at all
+                its lengths in one batch, one such blank after the other.
             constraints: `constraints.Choice`, `Pattern` or `JsonSchema`: one for all blanks, or a list with one or None
                 for each. Choices have lengths of their own and are decided first, from left to right.
             blank_order: numbers of blanks, from 0, in the order in which they are filled; blanks that it leaves out
@@ -141,15 +150,92 @@ class Infiller:
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("no text to fill")
-        check_options(options, self._fill, *_SAMPLING)
-        filled = self._fill(texts, **options)
-        return filled[0] if isinstance(text, str) else filled
+        check_options(options, self._fill, *_SAMPLING, "blank", "length")
+        blank, length = options.pop("blank", "___"), options.pop("length", DEFAULT)
+        templates = [Template.parse(text, blank) for text in texts]
+        tried = [candidates(length, template.blanks) for template in templates]
+        if all(len(one) == 1 for row in tried for one in row):
+            filled = self._fill(templates, [[n for (n,) in row] for row in tried], **options)
+        else:
+            generator = options.pop("generator", None)
+            sources = [None] * len(texts) if generator is None else row_generators(generator, len(texts))
+            rows = zip(templates, tried, sources, strict=True)
+            filled = [self._search(*row, **options) for row in rows]
+        infills = [one.infill for one in filled]
+        return infills[0] if isinstance(text, str) else infills
+
+    # ------------------------------------------------------------------ unknown lengths
+
+    def _search(
+        self,
+        template: Template,
+        tried: list[tuple[int, ...]],
+        generator: torch.Generator | None,
+        watch: Watcher | None = None,
+        **options: Any,
+    ) -> _Filled:
+        """The text filled at its likeliest lengths; what its generator draws is the same at every length."""
+        constraints = _for_each_blank(options.get("constraints"), template.blanks)
+        suppressed = tuple(options.get("suppress_tokens", ()))
+        lengths = [provisional(one) for one in tried]
+        found: dict[int, dict[int, float]] = {}
+        forwards = 0
+
+        def fill(rows: list[list[int]], watch: Watcher | None = None) -> tuple[list[_Filled], list[torch.Generator]]:
+            copies = [] if generator is None else [generator.clone_state() for _ in rows]
+            return self._fill([template] * len(rows), rows, generator=copies or None, watch=watch, **options), copies
+
+        filled: list[_Filled] = []
+        copies: list[torch.Generator] = []
+        best = 0
+        for k, one in enumerate(tried):
+            if len(one) > 1 and not isinstance(constraints[k], Choice):
+                one = self._possible(template, lengths, k, one, constraints[k], suppressed)
+                filled, copies = fill([[*lengths[:k], n, *lengths[k + 1 :]] for n in one])
+                shares = self.length_prior.probabilities(self._tries(filled, k, one))
+                best = int(shares.argmax())
+                lengths[k], found[k] = one[best], dict(zip(one, shares.tolist(), strict=True))
+                forwards += filled[0].infill.forwards + 1
+        if not filled or watch is not None:
+            (filled, copies), best = fill([lengths], watch), 0
+            forwards += filled[0].infill.forwards
+        if generator is not None:
+            generator.set_state(copies[best].get_state())
+        infill = filled[best].infill
+        spans = tuple(replace(span, lengths=found.get(k)) for k, span in enumerate(infill.spans))
+        return replace(filled[best], infill=replace(infill, spans=spans, forwards=forwards))
+
+    def _tries(self, filled: Sequence[_Filled], k: int, lengths: Sequence[int]) -> Tries:
+        """What a blank came to at each length."""
+        start = filled[0].encoded.columns(k)[0]
+        order = Factorization.stack([Factorization.left_to_right(len(one.ids), given=start) for one in filled])
+        left_to_right = self.model.log_likelihood(pad([one.ids for one in filled], 0), order).double().sum(dim=1)
+        return Tries(torch.tensor(lengths), left_to_right.cpu(), torch.tensor([one.infill.log_prob for one in filled]))
+
+    def _possible(
+        self,
+        template: Template,
+        lengths: list[int],
+        k: int,
+        tried: tuple[int, ...],
+        constraint: Constraint | None,
+        suppressed: tuple[int, ...],
+    ) -> tuple[int, ...]:
+        """The lengths that fit into the context and the blank's pattern; if none does, one, which is then refused."""
+        limit = context_length(self.model.causal_lm.config)
+        fixed = len(self._blanks.encode(template, lengths, {}).ids) - lengths[k]
+        automaton = self._automaton(constraint, self._blanks.eats_space(template, k), suppressed)
+        return tuple(
+            n
+            for n in tried
+            if (limit is None or fixed + n <= limit)
+            and (automaton is None or automaton.can_end(automaton.start, n))
+        ) or tried[:1]  # fmt: skip
 
     def _fill(
         self,
-        texts: list[str],
-        blank: str = "___",
-        length: int | Sequence[int] = DEFAULT_LENGTH,
+        templates: Sequence[Template],
+        lengths: Sequence[Sequence[int]],
         group_size: int = 1,
         order: str = "left_to_right",
         policy: Policy | None = None,
@@ -160,24 +246,25 @@ class Infiller:
         generator: Generators = None,
         watch: Watcher | None = None,
         **sampling: Any,
-    ) -> list[Infill]:
-        templates = [Template.parse(text, blank) for text in texts]
+    ) -> list[_Filled]:
         wanted = [_for_each_blank(constraints, template.blanks) for template in templates]
         # One set for the order and the draws; without one the order alone must not turn sampling on.
-        generators = row_generators(generator, len(texts)) if generator is not None or order == "random" else None
-        lengths = [_lengths(length, template.blanks) for template in templates]
+        generators = row_generators(generator, len(templates)) if generator is not None or order == "random" else None
         do_sample = does_sample(sampling.get("do_sample"), generator, sampling)
         heat = (sampling.get("temperature") or 1.0) if do_sample else None
-        sources = generators if generators is not None else [None] * len(texts)
+        sources = generators if generators is not None else [None] * len(templates)
         decisions = [self._decide(*parts, heat) for parts in zip(templates, lengths, wanted, sources, strict=True)]
-        encoded = [self._encode(*parts) for parts in zip(templates, lengths, decisions, strict=True)]
+        encoded = [
+            self._blanks.encode(template, own, {k: decision.ids for k, decision in decided.items()})
+            for template, own, decided in zip(templates, lengths, decisions, strict=True)
+        ]
         self._check_context(encoded)
-        ids, blanks = _pad([e.ids for e in encoded], 0), _pad([e.blank for e in encoded], -1)
-        mask = _pad([[1] * len(e.ids) for e in encoded], 0)
-        is_open = _pad([[int(k >= 0 and k not in e.decided) for k in e.blank] for e in encoded], 0).bool()
+        ids, blanks = pad([e.ids for e in encoded], 0), pad([e.blank for e in encoded], -1)
+        mask = pad([[1] * len(e.ids) for e in encoded], 0)
+        is_open = pad([[int(k >= 0 and k not in e.decided) for k in e.blank] for e in encoded], 0).bool()
         f = Factorization.infill(is_open, group_size, order, generators, attention_mask=mask)
         if blank_order is not None:
-            f = _by_blank(f, blanks, blank_order, [template.blanks for template in templates], order, group_size)
+            f = by_blank(f, blanks, blank_order, [template.blanks for template in templates], order, group_size)
         output = self.model.generate(
             ids,
             factorization=f,
@@ -192,14 +279,17 @@ class Infiller:
         )
         assert not isinstance(output, Tensor)
         rows = zip(templates, encoded, decisions, output.sequences, output.log_probs, strict=True)
-        return [self._decode(t, e, d, row, log_probs, output.forwards) for t, e, d, row, log_probs in rows]
+        return [
+            _Filled(self._decode(t, e, d, row, scores, output.forwards), e, row[: len(e.ids)].tolist())
+            for t, e, d, row, scores in rows
+        ]
 
     # ------------------------------------------------------------------ choices and patterns
 
     def _decide(
         self,
         template: Template,
-        lengths: list[int],
+        lengths: Sequence[int],
         constraints: list[Constraint | None],
         generator: torch.Generator | None,
         temperature: float | None,
@@ -212,12 +302,10 @@ class Infiller:
         for k, constraint in enumerate(constraints):
             if not isinstance(constraint, Choice):
                 continue
-            eats, at_start = self._eats_space(template, k), k == 0 and not template.pieces[0]
+            eats, at_start = self._blanks.eats_space(template, k), k == 0 and not template.pieces[0]
+            before = {j: decision.ids for j, decision in decisions.items()}
             own = [self.pieces.encode(" " * eats + text, at_start) for text in constraint.options]
-            tried = [
-                self._encode(template, lengths, decisions | {k: _Decision(text, ids, 0.0, {})})
-                for text, ids in zip(constraint.options, own, strict=True)
-            ]
+            tried = [self._blanks.encode(template, lengths, before | {k: ids}) for ids in own]
             self._check_context(tried)
             groups = []
             for e in tried:
@@ -225,7 +313,7 @@ class Infiller:
                 state = [ABSENT if b not in {-1, *e.decided} else next(step) if b == k else GIVEN for b in e.blank]
                 groups.append(Factorization(torch.tensor([state])))
             order = Factorization.stack(groups)
-            scores = self.model.log_likelihood(_pad([e.ids for e in tried], 0), order).double().sum(dim=1).cpu()
+            scores = self.model.log_likelihood(pad([e.ids for e in tried], 0), order).double().sum(dim=1).cpu()
             shares = scores.softmax(dim=0)
             best = int(scores.argmax())
             if temperature is not None:
@@ -236,7 +324,7 @@ class Infiller:
 
     def _slots(
         self,
-        encoded: list[_Encoded],
+        encoded: list[Encoded],
         constraints: list[list[Constraint | None]],
         shape: torch.Size,
         suppress_tokens: Sequence[int],
@@ -244,14 +332,17 @@ class Infiller:
         slots = []
         for row, (e, kinds) in enumerate(zip(encoded, constraints, strict=True)):
             for k, kind in enumerate(kinds):
-                kind = kind.pattern if isinstance(kind, JsonSchema) else kind
-                if isinstance(kind, Pattern):
-                    regex = f" (?:{kind.regex})" if e.eats_space[k] else kind.regex
-                    columns = tuple(i for i, b in enumerate(e.blank) if b == k)
-                    slots.append(Slot(row, columns, self._automaton(regex, tuple(suppress_tokens))))
+                automaton = self._automaton(kind, e.eats_space[k], tuple(suppress_tokens))
+                if automaton is not None:
+                    slots.append(Slot(row, e.columns(k), automaton))
         return Slots(slots, shape) if slots else None
 
-    def _automaton(self, regex: str, suppressed: tuple[int, ...]) -> Automaton:
+    def _automaton(self, kind: Constraint | None, eats_space: bool, suppressed: tuple[int, ...]) -> Automaton | None:
+        """What a blank's tokens must match, the space included that the first one brings."""
+        kind = kind.pattern if isinstance(kind, JsonSchema) else kind
+        if not isinstance(kind, Pattern):
+            return None
+        regex = f" (?:{kind.regex})" if eats_space else kind.regex
         if (regex, suppressed) not in self._automata:
             if self._texts is None:
                 ids = self._text_mask.nonzero()[:, 0].tolist()
@@ -264,25 +355,8 @@ class Infiller:
 
     # ------------------------------------------------------------------ text -> positions
 
-    def _eats_space(self, template: Template, k: int) -> bool:
-        return bool(self._space_mask.any()) and _ends_in_one_space(template.pieces[k])
-
-    def _encode(self, template: Template, lengths: list[int], decisions: dict[int, _Decision]) -> _Encoded:
-        ids, blank, eats_space = [self.start_token_id], [-1], []
-        for k, piece in enumerate(template.pieces):
-            eats = k < template.blanks and self._eats_space(template, k)
-            tokens = self.pieces.encode(piece[:-1] if eats else piece, at_start=k == 0)
-            ids += tokens
-            blank += [-1] * len(tokens)
-            if k < template.blanks:
-                own = decisions[k].ids if k in decisions else [0] * lengths[k]
-                ids += own
-                blank += [k] * len(own)
-                eats_space.append(eats)
-        return _Encoded(ids, blank, eats_space, frozenset(decisions))
-
     def _allowed(
-        self, encoded: list[_Encoded], blanks: Tensor, special_tokens: bool, suppress_tokens: Sequence[int]
+        self, encoded: list[Encoded], blanks: Tensor, special_tokens: bool, suppress_tokens: Sequence[int]
     ) -> AllowedTokens:
         """Mask 0: text. Mask 1: text that brings its own leading space."""
         text = torch.ones_like(self._text_mask) if special_tokens else self._text_mask.clone()
@@ -298,7 +372,7 @@ class Infiller:
                     index[row, e.blank.index(k)] = 1
         return AllowedTokens(torch.stack([text, spaced]) if index.any() else text[None], index)
 
-    def _check_context(self, encoded: list[_Encoded]) -> None:
+    def _check_context(self, encoded: list[Encoded]) -> None:
         limit = context_length(self.model.causal_lm.config)
         for number, e in enumerate(encoded):
             if limit is not None and len(e.ids) > limit:
@@ -311,7 +385,7 @@ class Infiller:
     def _decode(
         self,
         template: Template,
-        encoded: _Encoded,
+        encoded: Encoded,
         decisions: dict[int, _Decision],
         ids: Tensor,
         log_probs: Tensor,
@@ -349,43 +423,3 @@ def _for_each_blank(
         if constraint is not None and not isinstance(constraint, Constraint):
             raise ValueError(f"a constraint is a Choice, a Pattern or a JsonSchema, got {constraint!r}")
     return found  # type: ignore[return-value]
-
-
-def _by_blank(
-    f: Factorization, blanks: Tensor, wanted: Sequence[int], counts: list[int], order: str, group_size: int
-) -> Factorization:
-    """The blanks one after the other in a wanted order, each from left to right; groups do not span two of them."""
-    if order != "left_to_right":
-        raise ValueError(f"blank_order says in which order blanks are filled, order={order!r} too: choose one")
-    groups = f.group_ids.clone()
-    for row, count in enumerate(counts):
-        if len(set(wanted)) < len(wanted) or not all(isinstance(k, Integral) and 0 <= k < count for k in wanted):
-            raise ValueError(f"blank_order must hold different numbers of blanks, 0 to {count - 1}, got {list(wanted)}")
-        step = 0
-        for k in [*wanted, *(k for k in range(count) if k not in wanted)]:
-            columns = ((blanks[row] == k) & (f.group_ids[row] >= 0)).nonzero()[:, 0]
-            groups[row, columns] = step + torch.arange(len(columns)) // group_size
-            step += -(-len(columns) // group_size)
-    return Factorization(groups)
-
-
-def _lengths(length: int | Sequence[int], blanks: int) -> list[int]:
-    lengths = [length] * blanks if isinstance(length, Integral) else length
-    if not isinstance(lengths, list) or any(
-        isinstance(n, bool) or not isinstance(n, Integral) or int(n) < 1 for n in lengths
-    ):
-        raise ValueError(
-            f"length must be a number of tokens from 1 up, or a list with one for each blank, got {length!r}"
-        )
-    if len(lengths) != blanks:
-        raise ValueError(f"{len(lengths)} lengths for {blanks} blanks: give one number, or one for each blank")
-    return [int(n) for n in lengths]
-
-
-def _ends_in_one_space(piece: str) -> bool:
-    return piece.endswith(" ") and not piece[:-1][-1:].isspace()
-
-
-def _pad(rows: list[list[int]], value: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])

@@ -18,7 +18,7 @@ Shapes: B rows in a batch, T columns, S ranks, R rows of a forward (C content ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -227,6 +227,18 @@ class _Half:
     hi: Tensor
     gate: Tensor
     slot: Tensor
+
+    def same_start(self, counts: Tensor) -> int:
+        """How many leading rows are the same in the whole batch; `counts[b]` are in use."""
+        same = torch.arange(self.lo.shape[1], device=counts.device) < counts.min()
+        for field in fields(self):
+            values = getattr(self, field.name)
+            same &= (values == values[:1]).all(dim=0)
+        return int(same.long().cumprod(dim=0).sum())
+
+    def first_row(self, count: int) -> Rows:
+        """The leading rows of the batch's first row alone, as a forward of content rows."""
+        return Rows(*(getattr(self, field.name)[:1, :count] for field in fields(self)))
 
 
 def join(content: _Half, query: _Half) -> Rows:

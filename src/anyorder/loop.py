@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 FREE = -100
 """In `forced_ids`: the position is drawn, not forced (the id that Hugging Face ignores in labels)."""
 
+COMMON = 16
+"""From so many tokens on, a start that all rows of a batch share gets a forward of its own, over one row."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -97,6 +100,8 @@ class Run:
         known: (B, T) bool: given or committed.
         is_open: (B, T) bool: still to be filled.
         tokens: the arrangement in generation order.
+        forwards: of the steps.
+        common_forwards: 1 if what all rows begin with had one of its own.
         first, count: (B,) ranks whose content rows the next forward has to compute.
     """
 
@@ -125,6 +130,7 @@ class Run:
         self.last_given = (self.every * self.known).amax(dim=1)
         self.end = torch.full_like(self.last_given, self.ids.shape[1])  # column of the earliest committed end
         self.forwards = 0
+        self.common_forwards = 0
         self.forward = model.hidden_rows if forward is None else forward
         self.capacity = self.ids.shape[1] if forward is None else slots_for(self.ids.shape[1])
         self.encode_anew()
@@ -144,10 +150,24 @@ class Run:
     @torch.inference_mode()  # a few per cent faster than no_grad; what leaves is made outside of it
     def steps_of(self, rounds: Rounds) -> Iterator[Step]:
         """The loop."""
+        self._encode_common_start()
         while bool(self.is_open.any()):
             asked = rounds.ask()
             hidden, source = self._forward(asked)
             yield rounds.settle(asked, hidden, source)
+
+    def _encode_common_start(self) -> None:
+        """Encode once for all what every row of the batch begins with."""
+        rows = self.tokens.content(self.first, self.count)
+        counts = self.count
+        n = rows.same_start(counts) - 1  # the last one's content row may predict: it is left to the first step
+        if len(counts) == 1 or n < COMMON or int(rows.hi[0, :n].max()) > n:
+            return
+        store = KeyValueStore(self.capacity)
+        self.model.hidden_rows(rows.first_row(n), self.tokens.columns[:1], store)
+        self.store = store.repeated(len(counts))
+        self.first, self.count = self.first + n, counts - n
+        self.common_forwards = 1
 
     def _forward(self, asked: Asked) -> tuple[Tensor, Tensor]:
         """(B, R, E) hidden states, and (B, Q) which of them predicts each asked position."""

@@ -17,6 +17,7 @@ from anyorder.cli.options import (
     add_sampling,
     add_texts,
     add_watching,
+    length,
     load_model,
     positive,
     print_json,
@@ -172,8 +173,8 @@ def add_infill(subparsers: Any) -> None:
     add_model(parser)
     parser.add_argument("--blank", default="___", metavar="MARK", help="what marks a blank; default: ___")
     parser.add_argument(
-        "--length", type=positive, nargs="+", default=[8], metavar="N",
-        help="tokens of every blank, or one number for each; default: 8",
+        "--length", type=length, nargs="+", default=[8], metavar="N",
+        help="tokens of every blank, or one for each: a number, a range such as 2-6, or auto; default: 8",
     )  # fmt: skip
     add_order(parser)
     add_policy(parser)
@@ -200,11 +201,11 @@ def _infill(options: argparse.Namespace) -> None:
     constraint = Choice(*options.choice) if options.choice else Pattern(options.pattern) if options.pattern else None
     model, tokenizer = load_model(options)
     infiller = Infiller(model, tokenizer)
-    length = options.length[0] if len(options.length) == 1 else options.length
+    lengths = options.length[0] if len(options.length) == 1 else options.length
     for number, text in enumerate(progress(texts)):
         with watching(options, tokenizer, len(texts)) as watch:
             filled = infiller(
-                text, blank=options.blank, length=length, group_size=options.group_size, order=options.order,
+                text, blank=options.blank, length=lengths, group_size=options.group_size, order=options.order,
                 policy=options.policy, constraints=constraint, special_tokens=options.special_tokens, watch=watch,
                 **sampling_options(options, number),
             )  # fmt: skip

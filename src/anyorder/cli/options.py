@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from anyorder.lengths import Length
     from anyorder.modeling import AnyOrderForCausalLM
     from anyorder.policies import Policy
     from anyorder.trace import Recorder
@@ -143,6 +144,12 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return value
+
+
+def length(text: str) -> Length:
+    """Tokens of a blank, as an argparse type."""
+    lo, dash, hi = text.partition("-")
+    return "auto" if text == "auto" else (positive(lo), positive(hi)) if dash else positive(text)
 
 
 def read_texts(options: argparse.Namespace) -> list[str]:

@@ -1,0 +1,139 @@
+"""How many tokens a blank holds when nobody says: candidates, and how likely each is once it has been filled.
+
+A blank that was filled with n tokens by a proposal q is scored by
+
+    a log p(fill and what follows it | what stands before it) - b log q(fill | both sides) + c n + d log n
+
+where p is the model's own left-to-right likelihood. With a = b = 1, c = d = 0 and a fill drawn from q that is an
+importance weight: its mean over fills is the probability of all texts that have n tokens there. One fill is one draw,
+the proposal is no posterior, and people's blanks have lengths of their own: the four weights are fitted on text whose
+lengths are known (a conditional logit; McFadden 1974), by `benchmarks/length_prior.py`.
+
+This module knows numbers; no tokens and no model.
+
+Shapes: C candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+AUTO = (*range(1, 13), 14, 16, 18, 20, 24, 28, 32)
+"""The candidates of length="auto"."""
+DEFAULT = 8
+_FITTED = files("anyorder") / "shipped" / "length_prior.json"
+
+Length = int | tuple[int, int] | Literal["auto"]
+"""Tokens of a blank: known, in a range (both ends included), or unknown."""
+
+
+def candidates(length: Length | Sequence[Length], blanks: int) -> list[tuple[int, ...]]:
+    """The lengths to try for each blank; one where it is known.
+
+    Raises:
+        ValueError: if something is no length, or there are more or fewer than blanks.
+    """
+    lengths = length if isinstance(length, list) else [length] * blanks
+    if len(lengths) != blanks:
+        raise ValueError(f"{len(lengths)} lengths for {blanks} blanks: give one, or one for each blank")
+    return [_tried(one) for one in lengths]
+
+
+def _tried(length: Any) -> tuple[int, ...]:
+    if length == "auto":
+        return AUTO
+    ends = length if isinstance(length, tuple) and len(length) == 2 else (length, length)
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in ends)
+    if not whole or not 1 <= ends[0] <= ends[1]:
+        raise ValueError(
+            "length must be a number of tokens from 1 up, a range (lo, hi), 'auto', or a list with one of these for "
+            f"each blank, got {length!r}"
+        )
+    return tuple(range(int(ends[0]), int(ends[1]) + 1))
+
+
+def provisional(tried: Sequence[int]) -> int:
+    """The length that a blank has while those before it are sought."""
+    return min(tried, key=lambda n: abs(n - DEFAULT))
+
+
+@dataclass(frozen=True)
+class Tries:
+    """What one blank came to at each of some lengths; all (C,)."""
+
+    lengths: Tensor
+    left_to_right: Tensor
+    """log p of the text from the blank on given the text before it, in nats."""
+    fill: Tensor
+    """log q of the fill given both sides, in nats."""
+
+    @property
+    def features(self) -> Tensor:
+        """(C, 4) float64."""
+        n = self.lengths.double()
+        return torch.stack([self.left_to_right.double(), -self.fill.double(), n, n.log()], dim=1)
+
+
+@dataclass(frozen=True)
+class LengthPrior:
+    """The weights a, b, c, d of the score."""
+
+    left_to_right: float
+    fill: float
+    length: float
+    log_length: float
+
+    def probabilities(self, tries: Tries) -> Tensor:
+        """(C,) float64: of the lengths that were tried."""
+        weights = torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
+        return (tries.features @ weights).softmax(dim=0)
+
+    @classmethod
+    def load(cls, file: Path | None = None) -> LengthPrior:
+        """Weights from a JSON file; default: those of the shipped model.
+
+        Raises:
+            ValueError: if the file does not hold the four weights.
+        """
+        source = _FITTED if file is None else file
+        try:
+            return cls(**json.loads(source.read_text())["weights"])
+        except (ValueError, KeyError, TypeError) as error:
+            names = ", ".join(field.name for field in dataclasses.fields(cls))
+            raise ValueError(f"{source} is no length prior: it needs 'weights' with {names}") from error
+
+
+def fit(cases: Sequence[tuple[Tries, int]], penalty: float = 1e-3) -> LengthPrior:
+    """The weights under which the true lengths are likeliest.
+
+    Args:
+        cases: a blank at several lengths, and the index of the true one (or the nearest that was tried).
+        penalty: times the squared weights, a case; keeps them finite.
+
+    Raises:
+        ValueError: if there are no cases.
+    """
+    if not cases:
+        raise ValueError("no cases to fit a length prior on")
+    weights = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        losses = [-(tries.features @ weights).log_softmax(dim=0)[true] for tries, true in cases]
+        loss = torch.stack(losses).mean() + penalty * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return LengthPrior(*weights.detach().tolist())
