@@ -100,29 +100,69 @@ def test_random_one_at_a_time_is_the_models_own_random_order_sampling():
     assert p_value(seen[seen > 0].repeat(2), torch.full((12,), N / 6)) > 0.01  # each order as often
 
 
+@pytest.mark.parametrize("max_revisions", [0, 3])
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_reencoding_equals_its_slow_twin(architecture, recipe):
+def test_reencoding_equals_its_slow_twin(architecture, recipe, max_revisions):
     """Algorithm 2 as published: each step is a forward of its own over everything that is finished."""
     model = converted(architecture, recipe)
     order = Factorization.stack([Factorization.random(n, 2, given=2, generator=generator(n)) for n in (T, 7)])
-    policy = policies.dynamic("entropy", step_size=2, reencode=True)
+    policy = policies.dynamic("entropy", step_size=2, reencode=True, max_revisions=max_revisions)
     output = run(model, IDS[:2], order, policy=policy)
+    first_pass = max(-(-int(row.sum()) // 2) for row in order.is_predicted)
     for b, length in enumerate((T, 7)):
         ids, is_open = IDS[b, :length].clone(), order.is_predicted[b, :length].clone()
+        log_probs = torch.zeros(length)
         step = 0
-        while is_open.any():
-            asked = Factorization(torch.where(is_open, 0, -1)[None])
-            logits = model(ids[None], asked).logits[0, is_open]
-            where = is_open.nonzero()[:, 0]
-            entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-            for i in entropy.argsort()[:2].tolist():
-                ids[where[i]], is_open[where[i]] = logits[i].argmax(), False
-                assert output.steps[b, where[i]] == step
-                log_prob = logits[i].log_softmax(-1).max()
-                torch.testing.assert_close(output.log_probs[b, where[i]], log_prob, atol=1e-5, rtol=0)
-            step += 1
+        for part in range(2 if max_revisions else 1):
+            if part == 1:
+                is_open[log_probs.masked_fill(order.is_given[b, :length], torch.inf).argsort()[:max_revisions]] = True
+                step = first_pass
+            while is_open.any():
+                asked = Factorization(torch.where(is_open, 0, -1)[None])
+                logits = model(ids[None], asked).logits[0, is_open]
+                where = is_open.nonzero()[:, 0]
+                entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+                for i in entropy.argsort()[:2].tolist():
+                    ids[where[i]], is_open[where[i]] = logits[i].argmax(), False
+                    log_probs[where[i]] = logits[i].log_softmax(-1).max()
+                step += 1
+        torch.testing.assert_close(output.log_probs[b, :length], log_probs, atol=1e-5, rtol=0)
         assert torch.equal(output.sequences[b, :length], ids)
+        if max_revisions:
+            assert int((output.steps[b] >= first_pass).sum()) == max_revisions
+
+
+def test_what_may_not_be_revised():
+    """Forced tokens, an end and what is behind it stay; a row with fewer tokens than revisions draws them all anew."""
+    model = converted("llama")
+    order = Factorization.left_to_right(T, given=2)
+    policy = policies.dynamic(reencode=True, max_revisions=2 * T)
+    forced = torch.full_like(IDS[:1], -100)
+    forced[0, 2] = 5
+    plain = run(model, IDS[:1], order, policy=policies.dynamic(reencode=True), forced_ids=forced)
+    end = int(plain.sequences[0, T // 2])
+    output = run(model, IDS[:1], order, policy=policy, eos_token_id=end, forced_ids=forced)
+    (stop, *_) = (output.sequences[0] == end).nonzero()[:, 0].tolist()
+    first = run(model, IDS[:1], order, policy=policies.dynamic(reencode=True), eos_token_id=end, forced_ids=forced)
+    again = output.steps[0] > first.steps.max()
+    assert again[3:stop].all()
+    assert stop > 3
+    assert not again[:3].any()
+    assert not again[stop:].any()
+
+
+def test_revised_tokens_are_drawn_with_new_numbers():
+    """Each pass over a one-position blank draws from the same distribution, independently."""
+    model, N = converted("llama", vocabulary=4), 4000
+    order = Factorization.stack([Factorization.from_groups([[0], [1]])] * N)
+    ids, same = torch.ones(N, 2, dtype=torch.int64), {}
+    for revisions in (0, 1):
+        policy = policies.dynamic(reencode=True, max_revisions=revisions)
+        same[revisions] = run(model, ids, order, policy=policy, generator=generator(5)).sequences[:, 1]
+    exact = model(ids[:1], Factorization.from_groups([[0], [1]])).logits[0, 1].detach().softmax(-1).double()
+    table = torch.bincount(same[0] * 4 + same[1], minlength=16)
+    assert p_value(table, (exact[:, None] * exact[None, :]).flatten() * N) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -132,6 +172,8 @@ def test_reencoding_equals_its_slow_twin(architecture, recipe):
         ({"step_size": 2, "threshold": 0.5}, "step_size=2 and threshold=0.5 each say how many"),
         ({"step_size": 0}, "step_size must be a whole number, at least 1, got 0"),
         ({"window": 1.5}, "window must be a whole number, at least 1, got 1.5"),
+        ({"max_revisions": -1}, "max_revisions must be a whole number, at least 0, got -1"),
+        ({"max_revisions": 2}, "max_revisions=2 takes tokens back, which a cache cannot: add reencode=True"),
         ({"entropy_budget": -1}, "entropy_budget must be at least 0, got -1"),
         ({"criterion": "random", "threshold": 0.5}, "threshold=0.5 means nothing with criterion='random'"),
         ({"stepsize": 2}, "did you mean 'step_size'"),

@@ -212,6 +212,16 @@ class Run:
             self.is_open &= self.every < self.end[:, None]
         return Step(row, column, token, log_prob, self.forwards - 1)
 
+    @property
+    def revisable(self) -> Tensor:
+        """(B, T) bool: tokens that were drawn, in front of the end."""
+        drawn = (self.steps >= 0) & self.known & (self.every < self.end[:, None])
+        return drawn if self.forced is None else drawn & (self.forced == FREE)
+
+    def reopen(self, taken_back: Tensor) -> None:
+        """(B, T) bool: tokens that are to be filled once more. What has been cached still holds them: `encode_anew`."""
+        self.known, self.is_open = self.known & ~taken_back, self.is_open | taken_back
+
     def is_end(self, row: Tensor, column: Tensor, token: Tensor) -> Tensor:
         """Whether tokens end their rows: end ids behind the last given token that were not forced."""
         ends = torch.isin(token, self.end_ids) & (column > self.last_given[row])

@@ -45,7 +45,7 @@ class GroupPolicy(Policy):
     """
 
     def rounds(self, run: Run) -> Rounds:
-        return _Groups(self, run)
+        return Groups(self, run)
 
     @abstractmethod
     def ask(self, factorization: Factorization, is_open: Tensor) -> Tensor:
@@ -67,7 +67,9 @@ class GroupPolicy(Policy):
         return torch.ones_like(row, dtype=torch.bool)
 
 
-class _Groups(Rounds):
+class Groups(Rounds):
+    """A `GroupPolicy` at work: evaluate what it asks for, commit what it chooses."""
+
     def __init__(self, policy: GroupPolicy, run: Run):
         super().__init__(run)
         self.policy = policy

@@ -8,14 +8,15 @@ Shapes: B batch, T columns, N evaluated positions, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from anyorder.factorization import Factorization
-from anyorder.policies.base import GroupPolicy
+from anyorder.loop import Asked, Rounds, Run, Step
+from anyorder.policies.base import GroupPolicy, Groups
 
 Criterion = Literal["confidence", "entropy", "margin", "random"]
 
@@ -35,6 +36,9 @@ class Dynamic(GroupPolicy):
         reencode: encode all finished tokens anew before each step, as one group. In a model of the paper's recipe they
             then read each other on both sides, as published; slower, and no longer one cached pass: the likelihood of
             the result is that of the steps, not that of one factorization.
+        max_revisions: once all is filled, draw so many of each row's tokens anew, given all others: those that were
+            least likely when they were drawn (as in mask-predict, arXiv 1904.09324, but once). They are taken back, so
+            it needs reencode=True.
 
     Raises:
         ValueError: naming the setting and its value.
@@ -46,6 +50,7 @@ class Dynamic(GroupPolicy):
     entropy_budget: float | None = None
     window: int | None = None
     reencode: bool = False
+    max_revisions: int = 0
 
     def __post_init__(self) -> None:
         if self.criterion not in get_args(Criterion):
@@ -58,6 +63,12 @@ class Dynamic(GroupPolicy):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        if not isinstance(self.max_revisions, int) or isinstance(self.max_revisions, bool) or self.max_revisions < 0:
+            raise ValueError(f"max_revisions must be a whole number, at least 0, got {self.max_revisions!r}")
+        if self.max_revisions and not self.reencode:
+            raise ValueError(
+                f"max_revisions={self.max_revisions} takes tokens back, which a cache cannot: add reencode=True"
+            )
         for name in ("threshold", "entropy_budget"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
@@ -70,6 +81,9 @@ class Dynamic(GroupPolicy):
     @property
     def chooses_at_random(self) -> bool:  # type: ignore[override]
         return self.criterion == "random"
+
+    def rounds(self, run: Run) -> Rounds:
+        return _Revising(self, run) if self.max_revisions else Groups(self, run)
 
     def ask(self, factorization: Factorization, is_open: Tensor) -> Tensor:
         return is_open if self.window is None else is_open & (is_open.cumsum(dim=1) <= self.window)
@@ -105,6 +119,31 @@ class Dynamic(GroupPolicy):
             return -_entropy(log_probs)
         best = log_probs.topk(2, dim=-1).values.exp().cpu()
         return best[:, 0] if self.criterion == "confidence" else best[:, 0] - best[:, 1]
+
+
+class _Revising(Groups):
+    """The same, and once more for each row's least likely tokens."""
+
+    policy: Dynamic
+
+    def __init__(self, policy: Dynamic, run: Run):
+        super().__init__(policy, run)
+        self.is_due = True
+
+    def settle(self, asked: Asked, hidden: Tensor, source: Tensor) -> Step:
+        step = super().settle(asked, hidden, source)
+        if self.is_due and not bool(self.run.is_open.any()):
+            self.is_due = False
+            # The numbers that the tokens were drawn with would draw much the same again.
+            self.run.uniforms = replace(self.run.uniforms, draw=self.run.uniforms.draft)
+            self.run.reopen(self._weakest())
+        return step
+
+    def _weakest(self) -> Tensor:
+        """(B, T) bool."""
+        log_probs = self.run.log_probs.masked_fill(~self.run.revisable, torch.inf)
+        places = log_probs.argsort(dim=1, stable=True).argsort(dim=1)
+        return (places < self.policy.max_revisions) & self.run.revisable
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
