@@ -1,7 +1,7 @@
 """length="auto" against the true length, on the third sentences of five-sentence stories.
 
-Each is filled greedily at the length that was found, at the true length, and at one length for all (the mean of the true
-ones); ROUGE-L F1 against the sentence that was there. Writes a table.
+Each is filled greedily at the length that was found, at the true length, and at one length for all (the mean of the
+true ones); ROUGE-L F1 against the sentence that was there. Writes a table.
 
     python benchmarks/auto_length.py --stories rocstories_valid.jsonl.gz --limit 200 --output docs/auto_length.md
 """

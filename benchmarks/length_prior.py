@@ -1,7 +1,8 @@
 """Fit the length prior of `length="auto"` on texts whose lengths are known.
 
 Half of the blanks are a sentence of a story, half are 1 to 8 words of one. Each is filled at every length of `auto` and
-scored; the four weights are those under which the true lengths are likeliest. Writes them with what they were fitted on.
+scored; the four weights are those under which the true lengths are likeliest. Writes them with what they were fitted
+on.
 
     python benchmarks/length_prior.py --stories rocstories_valid.jsonl.gz --skip 2000 --limit 160 \\
         --output src/anyorder/shipped/length_prior.json
