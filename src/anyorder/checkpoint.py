@@ -1,4 +1,5 @@
-"""A conversion as a small directory: adapter, query embedding and config, without the base model's weights.
+"""Converted models as directories. Whole ones are transformers' business; with an adapter, a small directory without
+the weights of the base:
 
     config.json                 AnyOrderConfig: recipe, adapter, and which base model it belongs to
     adapter_config.json         PEFT's
@@ -10,11 +11,14 @@ The base is loaded by its name and known again by a fingerprint of its weights.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from anyorder import adapters
@@ -46,6 +50,52 @@ def read_weights(model: AnyOrderForCausalLM, adapter_file: Path, query_file: Pat
     own.copy_(
         distribute_tensor(query.to(own.dtype), own.device_mesh, own.placements) if isinstance(own, DTensor) else query
     )
+
+
+def load_converted(
+    cls: type[AnyOrderForCausalLM], load_whole: Callable[..., Any], source: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Load a converted model, with an adapter on its base or whole.
+
+    Args:
+        cls: the model class.
+        load_whole: transformers' own `from_pretrained` of it.
+        source: built-in name, directory or hub id.
+        args, kwargs: as `load_whole` takes them.
+
+    Raises:
+        ValueError: if the checkpoint is not a converted model, or a weight is missing, unknown or of a wrong shape.
+    """
+    from anyorder.sources import in_package
+
+    wants_info = kwargs.pop("output_loading_info", False)
+    source = in_package(source)
+    config = kwargs.get("config") or source
+    if not isinstance(config, PretrainedConfig):
+        config = AutoConfig.from_pretrained(config, **hub_arguments(kwargs))
+    if config.model_type != cls.config_class.model_type:
+        raise ValueError(
+            f"{source} holds a {config.model_type} model, not a converted one: use AnyOrderForCausalLM.from_causal_lm"
+        )
+    if kwargs.get("recipe", config.recipe) != config.recipe:
+        raise ValueError(f"{source} was converted with recipe={config.recipe!r}")
+    if config.adapter is not None:
+        for name in ("config", "adapter_kwargs", "_from_auto", "_from_pipeline"):  # of this model, not of its base
+            kwargs.pop(name, None)
+        return load_adapted(cls, source, config, **kwargs)
+    # Shapes that differ are reported with the other problems, not half loaded with a warning.
+    kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_whole(source, *args, **kwargs)
+    problems = [
+        f"{kind.replace('_keys', '')}: {', '.join(map(str, sorted(info[kind])[:3]))}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(kind)
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit its config; weights {'; '.join(problems)}")
+    with contextlib.suppress(OSError):  # an optional file: the ids in the base config serve
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return (model, info) if wants_info else model
 
 
 def load_adapted(

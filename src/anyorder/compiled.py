@@ -15,7 +15,7 @@ Shapes: B batch, R rows of a forward (C content rows first), K slots of the stor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch._dynamo
@@ -124,6 +124,7 @@ class CompiledForward:
 
     def _traced(self, some_open: bool) -> Callable[..., Tensor]:
         model = self.model
+        dtype = cast(Tensor, model.get_input_embeddings().weight).dtype
 
         @torch.no_grad()
         def forward(
@@ -138,20 +139,10 @@ class CompiledForward:
             keys: list[Tensor],
             values: list[Tensor],
         ) -> Tensor:
-            embedding: nn.Module = model.get_input_embeddings()
-            embeds = embedding(seed_ids)
-            embeds = torch.where(seeded[..., None], embeds, model.query_embedding.to(embeds.dtype))
-            reads: Any = StaticReads(lo, hi, positions, gates, slots, key_positions, keys, values, embeds.dtype)
+            reads: Any = StaticReads(lo, hi, positions, gates, slots, key_positions, keys, values, dtype)
             if not some_open:
                 reads.open_rows = None
-            output = model.decoder(
-                inputs_embeds=embeds,
-                position_ids=positions,
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device),
-                use_cache=False,
-                anyorder_reads=reads,
-            )
-            return output.last_hidden_state
+            return model.decode(seed_ids, seeded, positions, reads)
 
         return forward
 

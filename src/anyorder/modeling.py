@@ -9,20 +9,19 @@ Shapes: B batch, T columns, R rows, N predictions, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from anyorder import adapters, attention
 from anyorder.cache import KeyValueStore
-from anyorder.checkpoint import load_adapted, save_adapted
-from anyorder.configuration import AnyOrderConfig, hub_arguments
+from anyorder.checkpoint import load_converted, save_adapted
+from anyorder.configuration import AnyOrderConfig
 from anyorder.factorization import Factorization
 from anyorder.head import logits_of, negative_log_likelihoods
 from anyorder.inputs import fitting_ids, left_to_right
@@ -144,37 +143,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         Raises:
             ValueError: if the checkpoint is not a converted model, or a weight is missing, unknown or of a wrong shape.
         """
-        from anyorder.sources import in_package
-
-        wants_info = kwargs.pop("output_loading_info", False)
-        pretrained_model_name_or_path = in_package(pretrained_model_name_or_path)
-        config = kwargs.get("config") or pretrained_model_name_or_path
-        if not isinstance(config, PretrainedConfig):
-            config = AutoConfig.from_pretrained(config, **hub_arguments(kwargs))
-        if config.model_type != cls.config_class.model_type:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds a {config.model_type} model, not a converted one: "
-                "use AnyOrderForCausalLM.from_causal_lm"
-            )
-        if kwargs.get("recipe", config.recipe) != config.recipe:
-            raise ValueError(f"{pretrained_model_name_or_path} was converted with recipe={config.recipe!r}")
-        if config.adapter is not None:
-            for name in ("config", "adapter_kwargs", "_from_auto", "_from_pipeline"):  # of this model, not of its base
-                kwargs.pop(name, None)
-            return load_adapted(cls, pretrained_model_name_or_path, config, **kwargs)
-        # Shapes that differ are reported with the other problems, not half loaded with a warning.
-        kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        problems = [
-            f"{kind.replace('_keys', '')}: {', '.join(map(str, sorted(info[kind])[:3]))}"
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-            if info.get(kind)
-        ]
-        if problems:
-            raise ValueError(f"{pretrained_model_name_or_path} does not fit its config; weights {'; '.join(problems)}")
-        with contextlib.suppress(OSError):  # an optional file: the ids in the base config serve
-            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
-        return (model, info) if wants_info else model  # type: ignore[return-value]
+        return load_converted(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write what `from_pretrained` reads: the whole model, or with an adapter only that and where it belongs."""
@@ -258,24 +227,37 @@ class AnyOrderForCausalLM(PreTrainedModel):
 
     def _run(self, rows: Rows, key_positions: Tensor, store: KeyValueStore | None) -> tuple[Tensor, attention.Reads]:
         device = self.query_embedding.device
-        embeds = self.get_input_embeddings()(rows.seed_ids.to(device))
-        if torch.is_grad_enabled() or not bool(rows.seeded.all()):  # w always has a gradient, if only zeros
-            embeds = torch.where(rows.seeded.to(device)[..., None], embeds, self.query_embedding.to(embeds.dtype))
+        # w always has a gradient, if only zeros
+        seeded = rows.seeded.to(device) if torch.is_grad_enabled() or not bool(rows.seeded.all()) else None
         reads = attention.Reads(rows, key_positions, device, store, self.config._attn_implementation)
-        output = self.decoder(
-            inputs_embeds=embeds,
-            position_ids=rows.positions.to(device),
-            # A 4D mask passes through transformers untouched; the intervals replace it.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-            use_cache=False,
-            anyorder_reads=reads,
-        )
+        hidden = self.decode(rows.seed_ids.to(device), seeded, rows.positions.to(device), reads)
         if not reads.calls:
             raise ValueError(
                 "the wrapped model's attention was replaced after conversion; choose it with attn_implementation= when "
                 "converting or loading, or with set_attn_implementation of the converted model"
             )
-        return output.last_hidden_state, reads
+        return hidden, reads
+
+    def decode(self, seed_ids: Tensor, seeded: Tensor | None, positions: Tensor, reads: Any) -> Tensor:
+        """(B, R, E) final hidden states of rows whose keys, values and masks `reads` has.
+
+        Args:
+            seed_ids, positions: (B, R) int64 on the model's device.
+            seeded: (B, R) bool, False where a row starts from w; None: nowhere.
+            reads: an `attention.Reads`, or what stands in for it.
+        """
+        embeds: Tensor = self.get_input_embeddings()(seed_ids)
+        if seeded is not None:
+            embeds = torch.where(seeded[..., None], embeds, self.query_embedding.to(embeds.dtype))
+        output = self.decoder(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            # A 4D mask passes through transformers untouched; the intervals replace it.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device),
+            use_cache=False,
+            anyorder_reads=reads,
+        )
+        return cast(Tensor, output.last_hidden_state)
 
     def train(self, mode: bool = True) -> AnyOrderForCausalLM:
         """As torch's; weights may change, so compiled steps are dropped."""
