@@ -32,13 +32,12 @@ class KeyValueStore:
         layers = [self._layers[layer] for layer in sorted(self._layers)]
         return [key for key, _ in layers], [value for _, value in layers]
 
-    def repeated(self, batch: int) -> KeyValueStore:
-        """A store of `batch` rows that all hold what the only row of this one does."""
+    def of(self, batch: Tensor) -> KeyValueStore:
+        """A store of copies of some rows of the batch, (A,) int64: any of them, any number of times."""
         store = KeyValueStore(self.capacity)
-        store._layers = {
-            layer: (key.repeat(batch, 1, 1, 1), value.repeat(batch, 1, 1, 1))
-            for layer, (key, value) in self._layers.items()
-        }
+        for layer, (key, value) in self._layers.items():
+            index = batch.to(key.device)
+            store._layers[layer] = key.index_select(0, index), value.index_select(0, index)
         return store
 
     def append(self, layer: int, key: Tensor, value: Tensor, slots: Tensor, start: int | None) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,10 @@ class Rows:
     def count(self) -> int:
         return self.lo.shape[1]
 
+    def of(self, batch: Tensor) -> Rows:
+        """Those of some rows of the batch, (A,) int64."""
+        return Rows(*(getattr(self, field.name)[batch] for field in fields(self)))
+
     @property
     def frozen(self) -> Tensor:
         """(B, R) bool: rows that no gated adapter can change: their gate is closed, as is that of every row whose

@@ -35,6 +35,8 @@ FREE = -100
 
 COMMON = 16
 """From so many tokens on, a start that all rows of a batch share gets a forward of its own, over one row."""
+LET_GO = 0.75
+"""Rows that are full leave the forward when no more than this part of those in it is still open."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Run:
         tokens: the arrangement in generation order.
         forwards: of the steps.
         common_forwards: 1 if what all rows begin with had one of its own.
+        stored: (A,) int64: the rows of the batch that forwards still go over: those that have open positions.
         first, count: (B,) ranks whose content rows the next forward has to compute.
     """
 
@@ -139,6 +142,7 @@ class Run:
         """Start from an empty cache: all that is known becomes one group, in the order of positions."""
         self.tokens = Arrangement(self.ids, self.factorization, self.model.recipe)
         self.store = KeyValueStore(self.capacity)
+        self.stored = torch.arange(len(self.ids))
         self.first = torch.zeros_like(self.tokens.counts)
         self.append(self.known)
 
@@ -165,7 +169,7 @@ class Run:
             return
         store = KeyValueStore(self.capacity)
         self.model.hidden_rows(rows.first_row(n), self.tokens.columns[:1], store)
-        self.store = store.repeated(len(counts))
+        self.store = store.of(torch.zeros_like(counts))
         self.first, self.count = self.first + n, counts - n
         self.common_forwards = 1
 
@@ -177,12 +181,27 @@ class Run:
         content = self.tokens.content(self.first, self.count)
         query = self.tokens.queries(asked.columns.gather(1, index), used, asked.hi.gather(1, index))
         rows = join(content, query)
-        hidden = self.forward(rows, self.tokens.columns, self.store)
+        self._let_go()
+        if len(self.stored) == len(self.ids):
+            hidden = self.forward(rows, self.tokens.columns, self.store)
+        else:
+            hidden = self.forward(rows.of(self.stored), self.tokens.columns[self.stored], self.store)
         self.forwards += 1
         return hidden, torch.where(free, asked.hi - 1 - self.first[:, None], rows.content_count + place)
 
+    def _let_go(self) -> None:
+        """Forwards no longer go over rows that are full, once there are enough of them to pay for copying the store.
+
+        Compiled steps keep theirs: another batch would be another shape to compile.
+        """
+        going = self.is_open[self.stored].any(dim=1)
+        if self.forward == self.model.hidden_rows and int(going.sum()) <= LET_GO * len(going):
+            self.stored = self.stored[going]
+            self.store = self.store.of(going.nonzero()[:, 0])
+
     def logits(self, hidden: Tensor, row: Tensor, source: Tensor) -> Tensor:
         """(N, V) float32 of some rows of a forward."""
+        row = torch.searchsorted(self.stored, row)
         return self.model.head(hidden[row.to(hidden.device), source.to(hidden.device)]).float()
 
     def processed(self, logits: Tensor, row: Tensor, column: Tensor, hi: Tensor) -> Tensor:
