@@ -117,7 +117,7 @@ def test_files_and_functions_stay_readable():
 
 
 COMMON = {"--debug", "--help", "--json", "-h"}
-MODEL = {"--model", "--dtype", "--device"}
+MODEL = {"--model", "--dtype", "--device", "--int8"}
 TEXTS = {"--file", "--lines"}
 ORDER = {"--group-size", "--order", "--seed"}
 SAMPLING = {"--sample", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed"}

@@ -171,6 +171,27 @@ def _gated_linear() -> type[nn.Module]:
     return GatedLinear
 
 
+def quantise_base(causal_lm: PreTrainedModel, config: Any) -> None:
+    """Quantise the weights that an adapter stands beside; the adapter itself stays as it is.
+
+    Args:
+        causal_lm: with an adapter.
+        config: a `transformers.TorchAoConfig`.
+
+    Raises:
+        ValueError: for another kind of config, or without torchao.
+    """
+    from transformers import TorchAoConfig
+
+    if not isinstance(config, TorchAoConfig):
+        raise ValueError(
+            f"quantization_config of a model with an adapter must be a TorchAoConfig, got a {type(config).__name__}"
+        )
+    from torchao.quantization import quantize_
+
+    quantize_(causal_lm, config.quant_type, filter_fn=lambda module, name: name.endswith(".base_layer"))
+
+
 def merge(causal_lm: PreTrainedModel) -> None:
     """Fold an ungated adapter into the weights and take it off.
 

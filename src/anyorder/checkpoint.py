@@ -108,7 +108,7 @@ def load_adapted(
         source: directory or hub id of the adapter.
         config: read from there.
         base_model: name or loaded model to use in place of the one that the config names.
-        kwargs: options for loading the base (dtype, device_map, ...).
+        kwargs: options for loading the base (dtype, device_map, ...), and quantization_config, a TorchAoConfig.
 
     Raises:
         ValueError: for another base, or weights that do not fit.
@@ -124,6 +124,7 @@ def load_adapted(
         file: Path(cached_file(source, file, **hub_arguments(kwargs))) for file in (adapters.WEIGHTS_FILE, QUERY_FILE)
     }
     attention = kwargs.pop("attn_implementation", "sdpa")
+    quantization = kwargs.pop("quantization_config", None)  # applied last: a quantised base has another fingerprint
     if isinstance(name, str):
         revision = {"revision": origin["revision"]} if origin.get("revision") and base_model is None else {}
         own = {key: value for key, value in kwargs.items() if key not in hub_arguments(kwargs)}
@@ -139,4 +140,7 @@ def load_adapted(
     )
     read_weights(model, files[adapters.WEIGHTS_FILE], files[QUERY_FILE])
     model.config.base = config.base
-    return model.to(causal_lm.dtype).eval()
+    model = model.to(causal_lm.dtype).eval()
+    if quantization is not None:
+        adapters.quantise_base(model.causal_lm, quantization)
+    return model

@@ -15,7 +15,7 @@ from anyorder import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TorchAoConfig
 
     from anyorder.lengths import Length
     from anyorder.modeling import AnyOrderForCausalLM
@@ -47,6 +47,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, metavar="NAME",
         help=f"built-in name, directory, GGUF file or hub id; default: {DEFAULT_MODEL}",
     )  # fmt: skip
+    parser.add_argument("--int8", action="store_true", help="hold the weights of linear layers in 8 bits, by torchao")
     add_device(parser)
 
 
@@ -183,10 +184,22 @@ def load_model(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCau
 
     from anyorder.sources import load
 
+    if getattr(options, "int8", False):
+        more["quantization_config"] = _int8()
     dtype: torch.dtype = getattr(torch, options.dtype)
     device = torch.device(options.device)
     model, tokenizer = load(options.model, recipe=getattr(options, "recipe", None), dtype=dtype, **more)
     return model.to(device), tokenizer
+
+
+def _int8() -> TorchAoConfig:
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+    except ImportError as error:
+        raise ValueError("--int8 needs torchao: pip install 'anyorder[int8]'") from error
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def progress(texts: list[str]) -> Iterator[str]:
