@@ -47,7 +47,10 @@ def main() -> None:
     torch.manual_seed(0)
     chosen = torch.randperm(len(groups))[: options.groups].tolist()
     nats = torch.stack(
-        [group_nats(base, *groups[k], options.group_size, options.draws) for k in tqdm(chosen, unit="group")]
+        [
+            group_nats(base, ids, start, options.group_size, options.draws)
+            for ids, start in tqdm([groups[k] for k in chosen], unit="group")
+        ]
     )
     print(
         f"{len(chosen)} of {len(groups)} groups of {options.group_size}, nats a token by place in the group, and mean"

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +20,9 @@ from infill_loss import BLANK, read
 
 from anyorder import AnyOrderForCausalLM, Factorization, load, policies
 from anyorder.pieces import Pieces
+
+ORDERS = ("left_to_right", "random", "dynamic, confidence", "dynamic, entropy", "dynamic, margin")
+SPACED = ("dynamic, entropy, spacing=2", "dynamic, entropy, spacing=3", "dynamic, random, spacing=3")
 
 
 def main() -> None:
@@ -36,7 +41,7 @@ def main() -> None:
     lines = [["tokens a step", "order", "forwards", "blank", "blank and what follows"]]
     lines.append(["", "the story's own sentence", "", *(f"{x:.3f}" for x in _judge(model, ids, blank, present))])
     for size in options.size:
-        for order in ("left_to_right", "random", "dynamic, confidence", "dynamic, entropy", "dynamic, margin"):
+        for order in (*ORDERS, *SPACED) if size > 1 else ORDERS:
             lines.append(
                 [str(size), order.replace("_", " "), *_measured(model, ids, blank, present, size, order, options)]
             )
@@ -44,13 +49,10 @@ def main() -> None:
     table = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * 5, *lines[1:]])
     print(table)
     if options.output is not None:
-        said = (
-            f"{options.model}, {options.limit} stories, {options.seeds} fills each, temperature {options.temperature}, "
-        )
-        command = f"python benchmarks/order_quality.py --stories {options.stories.name} --limit {options.limit}"
+        said = f"{options.model}, {options.limit} stories, {options.seeds} fills each, {options.dtype}"
         options.output.with_suffix(".md").write_text(
-            f"# The order of filling\n\n{said}{options.dtype}; nats a token under the base model.\n\n"
-            f"    {command} --seeds {options.seeds} --dtype {options.dtype}\n\n{table}\n"
+            f"# The order of filling\n\n{said}; nats a token under the base model.\n\n"
+            f"    {shlex.join(['python', *sys.argv])}\n\n{table}\n"
         )
         with options.output.with_suffix(".csv").open("w", newline="") as out:
             csv.writer(out).writerows(lines)
@@ -82,10 +84,11 @@ def _measured(
     totals, forwards = torch.zeros(2, dtype=torch.float64), 0
     for seed in range(options.seeds):
         generators = [torch.Generator().manual_seed(1000 * seed + row) for row in range(len(ids))]
-        kind, _, criterion = order.partition(", ")
+        kind, *settings = order.split(", ")
         fixed = "left_to_right" if kind == "dynamic" else order
+        named = ",".join([f"step_size={size}", *(f"criterion={settings[0]}" for _ in settings[:1]), *settings[1:]])
         factorization = Factorization.infill(blank, size, fixed, generators, attention_mask=present.long())
-        policy = policies.parse(f"dynamic:criterion={criterion},step_size={size}") if criterion else None
+        policy = policies.parse(f"dynamic:{named}") if settings else None
         output = model.generate(
             ids, factorization, policy, generator=generators, temperature=options.temperature, eos_token_id=(),
             return_dict_in_generate=True,

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies
@@ -32,11 +32,14 @@ def decoded_alone(model, row, part, seed, **options):
     criterion=st.sampled_from(CRITERIA),
     how_many=st.sampled_from([{}, {"step_size": 3}, {"entropy_budget": 3.0}]),
     window=st.sampled_from([None, 1, 4]),
+    spacing=st.sampled_from([1, 2, 3]),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_dynamic_is_scored_exactly_and_every_row_by_itself(recipe, parts, criterion, how_many, window):
+def test_dynamic_is_scored_exactly_and_every_row_by_itself(recipe, parts, criterion, how_many, window, spacing):
+    # Attention to one single key is the same at every distance: rows from w are equally sure, and rounding chooses.
+    assume(all(int(part.is_given.sum()) > 1 for part in parts))
     model, order = converted("llama", recipe), Factorization.stack(parts)
-    policy = policies.dynamic(criterion, **how_many, window=window)
+    policy = policies.dynamic(criterion, **how_many, window=window, spacing=spacing)
     ids = IDS[: len(parts), : order.length]
     output = run(model, ids, order, policy=policy, generator=[generator(b) for b in range(len(parts))])
     steps = Factorization(output.steps)  # the order that came about is a factorization, and its likelihood exact
@@ -98,6 +101,31 @@ def test_random_one_at_a_time_is_the_models_own_random_order_sampling():
     assert p_value(torch.bincount(index, minlength=27), exact.mean(0).double() * N) > 0.01
     seen = torch.bincount((output.steps[:, 1:] * torch.tensor([9, 3, 1])).sum(1), minlength=27)
     assert p_value(seen[seen > 0].repeat(2), torch.full((12,), N / 6)) > 0.01  # each order as often
+
+
+@pytest.mark.parametrize("how_many", [{"step_size": 3}, {"threshold": 0.3}, {"entropy_budget": 4.0}])
+@pytest.mark.parametrize("spacing", [2, 3])
+def test_spaced_positions_are_the_surest_that_stand_apart(spacing, how_many):
+    """Against a plain loop over Python floats."""
+    logits = torch.randn(16, 6, generator=generator(6)) * 2
+    row = torch.tensor([0] * 6 + [1] * 10)
+    column = torch.tensor([0, 1, 2, 4, 7, 8, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    uniform = torch.zeros(16, dtype=torch.float64)
+    plain = policies.dynamic("confidence", **how_many).choose(logits, row, column, uniform)
+    spaced = policies.dynamic("confidence", **how_many, spacing=spacing).choose(logits, row, column, uniform)
+    sureness = logits.softmax(-1).amax(-1)
+    for b in (0, 1):
+        members = (row == b).nonzero()[:, 0].tolist()
+        allowed = members if "step_size" in how_many else [i for i in members if plain[i]]
+        ranked = sorted(allowed, key=lambda i: -float(sureness[i]))
+        wanted, taken = int(plain[members].sum()), []
+        for i in ranked:
+            if len(taken) < wanted and all(abs(int(column[i] - column[j])) >= spacing for j in taken):
+                taken.append(i)
+        if "step_size" in how_many:
+            taken += [i for i in ranked if i not in taken][: wanted - len(taken)]
+        assert sorted(taken) == [i for i in members if spaced[i]]
+    assert not torch.equal(plain, spaced)
 
 
 @pytest.mark.parametrize("max_revisions", [0, 3])
@@ -174,6 +202,7 @@ def test_revised_tokens_are_drawn_with_new_numbers():
         ({"window": 1.5}, "window must be a whole number, at least 1, got 1.5"),
         ({"max_revisions": -1}, "max_revisions must be a whole number, at least 0, got -1"),
         ({"max_revisions": 2}, "max_revisions=2 takes tokens back, which a cache cannot: add reencode=True"),
+        ({"spacing": 0}, "spacing must be a whole number, at least 1, got 0"),
         ({"entropy_budget": -1}, "entropy_budget must be at least 0, got -1"),
         ({"criterion": "random", "threshold": 0.5}, "threshold=0.5 means nothing with criterion='random'"),
         ({"stepsize": 2}, "did you mean 'step_size'"),

@@ -71,7 +71,8 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     """Which positions each step commits."""
     parser.add_argument(
         "--policy", type=_policy, metavar="NAME[:OPTION=VALUE,...]",
-        help="groupwise, dynamic (criterion, step_size, threshold, entropy_budget, window, reencode) or speculative "
+        help="groupwise, dynamic (criterion, step_size, threshold, entropy_budget, spacing, window, "
+        "reencode, max_revisions) or speculative "
         "(draft, draft_length), for example dynamic:criterion=entropy,step_size=4",
     )  # fmt: skip
 

@@ -32,6 +32,9 @@ class Dynamic(GroupPolicy):
         threshold: instead: all positions above it ("entropy": below it), and at least the surest one.
         entropy_budget: instead: the surest positions, as long as the entropies of those in front of each add up to at
             most so many nats: with "entropy", the rule of arXiv 2505.24857.
+        spacing: positions that a step commits stand at least so far apart, as long as there are such: tokens of one
+            step are drawn independently, and neighbours depend on each other most (a filter of other criteria in arXiv
+            2506.19037, too). 1: anywhere.
         window: evaluate only the first so many open positions of each row, which costs less. None: all.
         reencode: encode all finished tokens anew before each step, as one group. In a model of the paper's recipe they
             then read each other on both sides, as published; slower, and no longer one cached pass: the likelihood of
@@ -48,6 +51,7 @@ class Dynamic(GroupPolicy):
     step_size: int | None = None
     threshold: float | None = None
     entropy_budget: float | None = None
+    spacing: int = 1
     window: int | None = None
     reencode: bool = False
     max_revisions: int = 0
@@ -59,7 +63,7 @@ class Dynamic(GroupPolicy):
         said = [f"{name}={value}" for name, value in how_many.items() if value is not None]
         if len(said) > 1:
             raise ValueError(f"{' and '.join(said)} each say how many positions a step commits: choose one")
-        for name in ("step_size", "window"):
+        for name in ("step_size", "spacing", "window"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
@@ -109,7 +113,31 @@ class Dynamic(GroupPolicy):
             within = place - surest < (self.step_size or 1)
         chosen = torch.empty_like(new)
         chosen[order] = within | new
-        return chosen
+        return chosen if self.spacing == 1 else self._spaced(chosen, sureness, row, column)
+
+    def _spaced(self, chosen: Tensor, sureness: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """(N,) bool: the surest that stand apart.
+
+        With a step size as many as were chosen, others in place of those that stand too near to a surer one, and near
+        ones only where no others are left; else those of the chosen that do stand apart.
+        """
+        B, T = int(row.max()) + 1, int(column.max()) + 1
+        places = torch.arange(T)
+        left = torch.full((B, T), -torch.inf, dtype=torch.float64)
+        counts = torch.zeros(B, dtype=torch.int64).scatter_add_(0, row, chosen.long())
+        fill_up = self.threshold is None and self.entropy_budget is None
+        candidate = torch.ones_like(chosen) if fill_up else chosen
+        left[row[candidate], column[candidate]] = sureness[candidate].double()
+        apart, out = left.clone(), torch.zeros(B, T, dtype=torch.bool)
+        for k in range(int(counts.max())):
+            found = apart.amax(dim=1).isfinite()
+            best = torch.where(found, apart.argmax(dim=1), left.argmax(dim=1))
+            take = (k < counts) & (found | fill_up)
+            out[take, best[take]] = True
+            left[take, best[take]] = -torch.inf
+            near = (places - best[:, None]).abs() < self.spacing
+            apart.masked_fill_(near & take[:, None], -torch.inf)
+        return out[row, column]
 
     def _sureness(self, log_probs: Tensor, uniform: Tensor) -> Tensor:
         """(N,) float on the CPU: the greater, the sooner."""
