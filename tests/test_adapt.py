@@ -144,6 +144,7 @@ def test_further_training_arguments_reach_the_trainer(checkpoint, stories, tmp_p
     for pair, message in (
         ("gradient_checkpoint=true", "did you mean 'gradient_checkpointing'?"),
         ("max_steps=3", "max_steps follows from the other options"),
+        ("torch_compile=true", "training is not compiled"),
         ("fast", "--training takes NAME=VALUE, got 'fast'"),
     ):
         assert adapt(checkpoint, stories, tmp_path / "mistaken", "--training", pair) == 2

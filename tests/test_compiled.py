@@ -64,3 +64,11 @@ def test_compiled_equals_eager(architecture, recipe, policy):
 
 def test_stores_come_in_few_sizes():
     assert [slots_for(n) + 1 for n in (1, 63, 64, 200)] == [64, 64, 128, 256]
+
+
+def test_a_whole_model_under_torch_compile_runs_eagerly():
+    """Traced, a gated adapter would take part in no row, and nobody would be told."""
+    model = gated("llama").train()
+    order = Factorization.stack([Factorization.random(T, 2, given=4, generator=generator(1))] * 2)
+    compiled = torch.compile(model)
+    assert torch.equal(compiled(IDS, order, labels=IDS).loss, model(IDS, order, labels=IDS).loss)

@@ -170,3 +170,22 @@ def test_losses_are_logged_by_regime(tmp_path):
         assert record["loss"] == pytest.approx(float(values[order.is_predicted].mean()), abs=1e-5)
         assert record["tokens_per_second"] > 0
     assert {"loss_sentence_blanks", "loss_left_to_right"} <= set().union(*records)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_a_frozen_head_gives_the_gradient_of_a_trained_one(architecture):
+    causal_lm = base_model(architecture)  # gemma2 caps its logits
+    hidden = torch.randn(11, causal_lm.config.hidden_size, generator=torch.Generator().manual_seed(0)) * 3
+    targets = torch.randint(VOCABULARY, (11,), generator=torch.Generator().manual_seed(1))
+    targets[[2, 7]] = -100
+    weights = torch.arange(11.0)
+    found = []
+    for trained in (True, False):
+        causal_lm.requires_grad_(trained)
+        states = hidden.clone().requires_grad_()
+        losses = head.negative_log_likelihoods(causal_lm, states, targets)
+        found.append((losses.detach(), torch.autograd.grad(losses @ weights, states)[0]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert not found[1][0][[2, 7]].any()
+    assert not found[1][1][[2, 7]].any()

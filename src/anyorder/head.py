@@ -6,7 +6,6 @@ Whatever a family does to its logits (caps, scales, biases) is done by its own c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-CHUNK = 512
-"""Predictions whose logits exist at the same time in `negative_log_likelihoods`: 512 x 49,152 floats are 100 MB."""
+CHUNK = 256
+"""Predictions whose logits exist at the same time in `negative_log_likelihoods`: 256 x 49,152 floats are 50 MB."""
 
 
 @dataclass
@@ -63,21 +62,32 @@ def negative_log_likelihoods(causal_lm: PreTrainedModel, hidden: Tensor, targets
         return torch.cat([chunk(states, ids) for states, ids in pairs])
     head = cast(nn.Module, causal_lm.get_output_embeddings())
     if hidden.requires_grad and not any(parameter.requires_grad for parameter in head.parameters()):
-        return torch.cat([cast(Tensor, _FrozenHeadLoss.apply(states, ids, chunk)) for states, ids in pairs])
+        return torch.cat([cast(Tensor, _FrozenHeadLoss.apply(states, ids, causal_lm)) for states, ids in pairs])
     return torch.cat([checkpoint(chunk, states, ids, use_reentrant=False) for states, ids in pairs])
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Each loss depends on its own hidden state alone, so its gradient needs no logits once it is made."""
+    """Each loss depends on its own hidden state alone, so its gradient needs no logits once it is made.
+
+    By the logits it is p - 1[target], from one softmax; autograd would keep three more tensors of their size.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, ids: Tensor, losses: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, states: Tensor, ids: Tensor, causal_lm: PreTrainedModel) -> Tensor:
         with torch.enable_grad():
             states = states.detach().requires_grad_()
-            out = losses(states, ids)
-            (gradient,) = torch.autograd.grad(out.sum(), states)
+            logits = logits_of(causal_lm, states)
+        counts = ids != -100
+        target = ids.where(counts, 0)[:, None]
+        p = logits.detach().softmax(dim=-1, dtype=torch.float32)
+        # The greatest p is never 0, so neither is its logarithm lost, as a small target's own would be.
+        log_sum = logits.detach().amax(dim=-1).float() - p.amax(dim=-1).log()
+        losses = (log_sum - logits.detach().gather(1, target)[:, 0].float()) * counts
+        p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand(len(ids), 1))
+        p *= counts[:, None]
+        (gradient,) = torch.autograd.grad(logits, states, p.to(logits.dtype))
         ctx.save_for_backward(gradient)
-        return out.detach()
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:

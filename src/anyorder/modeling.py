@@ -310,6 +310,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         """(B, T) ids on the factorization's device, 0 where absent; ValueError names what does not fit."""
         return fitting_ids(input_ids, factorization, self.vocabulary_size, context_length(self.causal_lm.config))
 
+    @torch.compiler.disable  # its rows differ in number each time, and traced adapters would miss their gates
     def forward(
         self,
         input_ids: Tensor,

@@ -86,7 +86,7 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument("--log-every", type=positive, default=10, metavar="N", help="steps; default: 10")
     parser.add_argument("--training", nargs="+", default=[], metavar="NAME=VALUE",
                         help="further fields of transformers.TrainingArguments: gradient_checkpointing=true, "
-                             "report_to=tensorboard, torch_compile=true, deepspeed=zero3.json, ...")  # fmt: skip
+                             "report_to=tensorboard, deepspeed=zero3.json, ...")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT")
     planning = parser.add_argument_group("planning a run before paying for it")
@@ -349,6 +349,8 @@ def _training_arguments(pairs: list[str]) -> dict[str, Any]:
             raise ValueError(f"--training takes NAME=VALUE, got {pair!r}")
         if name in _FIXED:
             raise ValueError(f"--training {name}: {name} follows from the other options of adapt")
+        if name.startswith("torch_compile"):
+            raise ValueError(f"--training {name}: training is not compiled: rows differ in number at every step")
         check_options([name], TrainingArguments)
         values[name] = yaml.safe_load(value)
     return values
