@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--stories", type=Path, help='{"sentences": [five]} a line, for the infill loss')
     parser.add_argument("--limit", type=int, default=300, help="stories; default: 300")
     parser.add_argument("--tokens", type=int, default=300_000, help="of each run; default: 300000")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the infill losses alone")
     parser.add_argument("--options", default="", help="further options of adapt, the same for every run, in one string")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--results", type=Path, default=HERE / "docs" / "study")
@@ -104,11 +105,11 @@ def measured(options: argparse.Namespace, name: str, model_name: str) -> None:
     file = options.results / f"{name}.json"
     if file.is_file():
         return
-    model, tokenizer = load(model_name, dtype=torch.float32)
+    model, tokenizer = load(model_name, dtype=getattr(torch, options.dtype))
     stories = infill_loss.read(options.stories)[: options.limit]
     losses = infill_loss.measure(model, Pieces(tokenizer), stories, 20)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if name != "base" else 0
-    record = {"losses": losses, "trained": trained, "stories": len(stories)}
+    record = {"losses": losses, "trained": trained, "stories": len(stories), "dtype": options.dtype}
     file.write_text(json.dumps(record, indent=1) + "\n")
 
 
