@@ -242,7 +242,8 @@ def _explicit(
         scores = scores + mask
     elif mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    wide = torch.promote_types(scores.dtype, torch.float32)  # float64's least number is no number in float32
+    weights = scores.softmax(dim=-1, dtype=wide).to(q.dtype)
     if mask is not None and mask.dtype == torch.bool:
         weights = weights * mask  # a row that reads nothing gets zeros, as in SDPA
     return nn.functional.dropout(weights, dropout) @ v
