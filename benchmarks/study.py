@@ -68,7 +68,9 @@ def main() -> None:
     parser.add_argument("--stories", type=Path, help='{"sentences": [five]} a line, for the infill loss')
     parser.add_argument("--limit", type=int, default=300, help="stories; default: 300")
     parser.add_argument("--tokens", type=int, default=300_000, help="of each run; default: 300000")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the infill losses alone")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the infill losses alone"
+    )
     parser.add_argument("--options", default="", help="further options of adapt, the same for every run, in one string")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--results", type=Path, default=HERE / "docs" / "study")

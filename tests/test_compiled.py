@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -28,6 +30,12 @@ def gated(architecture: str) -> AnyOrderForCausalLM:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+def turn_adapters(model: AnyOrderForCausalLM, on: bool) -> None:
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.enable_adapters(on)
 
 
 CASES = [
@@ -60,6 +68,27 @@ def test_compiled_equals_eager(architecture, recipe, policy):
     model.train()
     assert compiled_forward(model).shapes == []  # weights may change from here on
     model.eval()
+
+
+def test_compiled_steps_are_of_their_own_model_and_its_adapters():
+    """Most guards are dropped: neither another model of the same shapes nor adapters turned off may go unnoticed."""
+    first = gated("llama")
+    second = copy.deepcopy(first)
+    for parameter in second.parameters():
+        parameter.data.mul_(1.5)
+    order = Factorization.left_to_right(T, 3, given=4)
+
+    def log_probs(model, **options):
+        return run(model, IDS[:1], order, policy=policies.groupwise(3), forced_ids=IDS[:1], **options).log_probs
+
+    for model in (first, second):
+        torch.testing.assert_close(log_probs(model, compile=True), log_probs(model), atol=1e-5, rtol=0)
+    on = log_probs(first)
+    turn_adapters(first, on=False)
+    torch.testing.assert_close(log_probs(first, compile=True), log_probs(first), atol=1e-5, rtol=0)
+    assert (log_probs(first) - on).abs().max() > 1e-3
+    turn_adapters(first, on=True)
+    torch.testing.assert_close(log_probs(first, compile=True), on, atol=1e-5, rtol=0)
 
 
 def test_stores_come_in_few_sizes():

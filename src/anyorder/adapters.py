@@ -192,6 +192,14 @@ def quantise_base(causal_lm: PreTrainedModel, config: Any) -> None:
     quantize_(causal_lm, config.quant_type, filter_fn=lambda module, name: name.endswith(".base_layer"))
 
 
+def are_on(model: nn.Module) -> bool:
+    """Whether a model has adapters that have not been disabled; PEFT turns them off and on together."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            return not module.disable_adapters
+    return False
+
+
 def merge(causal_lm: PreTrainedModel) -> None:
     """Fold an ungated adapter into the weights and take it off.
 

@@ -6,6 +6,7 @@ Whatever a family does to its logits (caps, scales, biases) is done by its own c
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -36,13 +37,22 @@ class _IdentityDecoder(nn.Module):
         return _IdentityOutput(last_hidden_state=inputs_embeds)
 
 
-def logits_of(causal_lm: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """(N, V) logits of (N, E) final hidden states."""
+def head_of(causal_lm: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """A function from (N, E) final hidden states to (N, V) logits."""
     head = copy.copy(causal_lm)
     head._modules = dict(causal_lm._modules)
     head._modules[causal_lm.base_model_prefix] = _IdentityDecoder()
-    # The class's forward: one that a hook has put on the instance is bound to the whole model.
-    return cast(Tensor, type(head).forward(head, inputs_embeds=hidden[None], use_cache=False).logits[0])
+
+    def logits(hidden: Tensor) -> Tensor:
+        # The class's forward: one that a hook has put on the instance is bound to the whole model.
+        return cast(Tensor, type(head).forward(head, inputs_embeds=hidden[None], use_cache=False).logits[0])
+
+    return logits
+
+
+def logits_of(causal_lm: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(N, V) logits of (N, E) final hidden states."""
+    return head_of(causal_lm)(hidden)
 
 
 def negative_log_likelihoods(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -135,6 +135,7 @@ class Run:
         self.forwards = 0
         self.common_forwards = 0
         self.forward = model.hidden_rows if forward is None else forward
+        self.head = model.head if forward is None else forward.head
         self.capacity = self.ids.shape[1] if forward is None else slots_for(self.ids.shape[1])
         self.encode_anew()
 
@@ -202,7 +203,7 @@ class Run:
     def logits(self, hidden: Tensor, row: Tensor, source: Tensor) -> Tensor:
         """(N, V) float32 of some rows of a forward."""
         row = torch.searchsorted(self.stored, row)
-        return self.model.head(hidden[row.to(hidden.device), source.to(hidden.device)]).float()
+        return self.head(hidden[row.to(hidden.device), source.to(hidden.device)]).float()
 
     def processed(self, logits: Tensor, row: Tensor, column: Tensor, hi: Tensor) -> Tensor:
         """(N, V) logits after the sampler's settings, which may look at the tokens that each prediction reads."""
