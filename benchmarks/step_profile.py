@@ -1,8 +1,8 @@
 """Where the time of a decoding step goes, by kind of work, for each decoder: what bounds tokens a second.
 
 Runs a decoder under torch.profiler, sorts the operators' own time by their shapes (matrix products with the adapter's
-rank, with the vocabulary, others; attention; the rest), and sets it against the wall time without the profiler. What no
-operator accounts for is Python and dispatch. Hugging Face `generate` stands beside it.
+rank, with the vocabulary, others; attention; the rest, generated code included), and sets it against the wall time
+without the profiler. What no operator accounts for is Python and dispatch. Hugging Face `generate` stands beside it.
 
     python benchmarks/step_profile.py --policies groupwise:size=1 groupwise:size=4 --output docs/step_profile.md
 """
@@ -32,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--policies", nargs="+", default=["groupwise:size=1", "groupwise:size=4", "speculative"])
+    parser.add_argument(
+        "--policies", nargs="+", default=["groupwise:size=1", "groupwise:size=4", "speculative:draft=query"]
+    )
     parser.add_argument("--compile", action="store_true", help="our steps through torch.compile")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -105,8 +107,9 @@ def _profiled(decode: Callable[[], int], model: AnyOrderForCausalLM) -> tuple[in
     rank = (model.config.adapter or {}).get("rank")
     spent = dict.fromkeys(KINDS, 0.0)
     for event in recorded.key_averages(group_by_input_shape=True):
-        if event.key.startswith(("aten::", "mkldnn::")) or event.key.endswith("kernel"):
-            sizes = {size for shape in event.input_shapes for size in shape}
+        if event.key.startswith(("aten::", "mkldnn::", "## Call CompiledFxGraph")) or event.key.endswith("kernel"):
+            weight = [shape for shape in event.input_shapes if len(shape) == 2][-1:]
+            sizes = {size for shape in weight for size in shape}
             if "attention" in event.key:
                 kind = "attention"
             elif event.key not in PRODUCTS:
@@ -114,7 +117,8 @@ def _profiled(decode: Callable[[], int], model: AnyOrderForCausalLM) -> tuple[in
             elif model.vocabulary_size in sizes:
                 kind = "head"
             else:
-                kind = "adapter linears" if rank in sizes else "base linears"
+                # Compiled, linears of the same rows become one: two or three factors side by side.
+                kind = "adapter linears" if rank and sizes & {rank, 2 * rank, 3 * rank} else "base linears"
             spent[kind] += event.self_cpu_time_total / 1000 / forwards
     return forwards, spent
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 
 import pytest
 import torch
@@ -21,11 +22,14 @@ PROMPTS = torch.randint(3, 30, (5, 6), generator=torch.Generator().manual_seed(0
 
 def test_decoders_are_measured_on_the_same_prompts():
     model = converted("llama")
-    decoders = [HuggingFace(model, None), *(AnyOrder(model, parse(t), t, None) for t in ("groupwise", "speculative"))]
+    decoders = [
+        HuggingFace(model, None),
+        *(AnyOrder(model, parse(t), t, None) for t in ("groupwise", "speculative:draft=query")),
+    ]
     results = measure(decoders, PROMPTS, 8, [1, 2])
     assert [(r.decoder, r.batch_size, len(r.seconds)) for r in results] == [
-        ("hugging face, greedy", 1, 5), ("groupwise, greedy", 1, 5), ("speculative, greedy", 1, 5),
-        ("hugging face, greedy", 2, 2), ("groupwise, greedy", 2, 2), ("speculative, greedy", 2, 2),
+        ("hugging face, greedy", 1, 5), ("groupwise, greedy", 1, 5), ("speculative:draft=query, greedy", 1, 5),
+        ("hugging face, greedy", 2, 2), ("groupwise, greedy", 2, 2), ("speculative:draft=query, greedy", 2, 2),
     ]  # fmt: skip
     for result in results:  # greedy: all three write the same
         assert torch.equal(torch.stack(result.sequences), torch.stack(results[0].sequences[: len(result.sequences)]))
@@ -54,7 +58,7 @@ def test_compiled_decoders_stand_beside_eager_ones(capsys, checkpoint, tmp_path)
 def test_sampling_is_the_same_in_every_batch():
     model = converted("llama")
     sampling = {"temperature": 1.0, "top_p": 0.9}
-    decoders = [HuggingFace(model, sampling), AnyOrder(model, parse("speculative"), "s", sampling)]
+    decoders = [HuggingFace(model, sampling), AnyOrder(model, parse("speculative:draft=query"), "s", sampling)]
     results = measure(decoders, PROMPTS, 8, [1, 4], seed=3)
     assert results[3].same_as_alone == 4
     again = measure(decoders[1:], PROMPTS, 8, [1], seed=4)
@@ -120,7 +124,9 @@ def test_the_command(capsys, checkpoint, tmp_path):
     assert 0 <= printed["results"][1]["rouge_l"] <= 1
     assert len(list(csv.DictReader((tmp_path / "out" / "bench.csv").open()))) == 4
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert "same as alone" in (tmp_path / "out" / "bench.md").read_text()
+    page = (tmp_path / "out" / "bench.md").read_text()
+    assert "same as alone" in page
+    assert f"    {shlex.join(['anyorder', *arguments, '--policies', 'groupwise:size=2'])}\n" in page  # how to repeat it
 
 
 def test_default_prompts_are_the_base_models_own(checkpoint):

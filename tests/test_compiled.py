@@ -41,7 +41,7 @@ def turn_adapters(model: AnyOrderForCausalLM, on: bool) -> None:
 CASES = [
     ("llama", "exact", policies.groupwise(1)),
     ("llama", "paper", policies.groupwise(4)),
-    ("gemma3", "exact", policies.speculative(draft_length=2)),
+    ("gemma3", "exact", policies.speculative(draft="query", draft_length=2)),
     ("gated", "exact", policies.groupwise(3)),
 ]
 

@@ -78,7 +78,11 @@ def test_constrained_samples_are_the_renormalised_steps():
         logits = model(outcomes, Factorization.stack([order] * 9)).logits[:, 1:3, :3].log_softmax(-1)
     exact = logits.gather(2, outcomes[:, 1:3, None]).sum((1, 2)).exp().double()
     batch = Factorization.stack([order] * N)
-    for policy in (policies.groupwise(1), policies.speculative(draft_length=1), policies.speculative(draft="ngram")):
+    for policy in (
+        policies.groupwise(1),
+        policies.speculative(draft="query", draft_length=1),
+        policies.speculative(draft="ngram"),
+    ):
         slots = Slots([Slot(row, (1, 2), automaton) for row in range(N)], torch.Size((N, 5)))
         drawn = model.generate(
             ids.repeat(N, 1), batch, policy, slots=slots, generator=generator(1), eos_token_id=(), temperature=1.0
@@ -103,7 +107,7 @@ REGEXES = ["[a-c ]+", "(ab|ba)*", "\\d\\d?(\\.\\d+)?", "[A-Z][a-z]*", "(yes|no|m
 @settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_pattern_is_met_or_refused(infiller, regexes, lengths, seed, fast, text):
     constraints = [None if regex is None else Pattern(regex) for regex in regexes]
-    policy = policies.speculative(draft_length=2) if fast else None
+    policy = policies.speculative(draft="query", draft_length=2) if fast else None
     filled = filled_or_refused(
         infiller,
         text,

@@ -54,7 +54,7 @@ def test_gibbs_draws_the_models_own_conditional():
     blank = torch.tensor([[False, True, False, True]]).repeat(N, 1)
     order = Factorization.infill(blank[:27])
     exact = model.log_likelihood(THREE, order).sum(1).exp().double() * (THREE[:, 2] == 0)
-    for policy in (None, policies.speculative(draft_length=1)):
+    for policy in (None, policies.speculative(draft="query", draft_length=1)):
         drawn = revise(model, start, blank, generator=generator(2), policy=policy).sequences
         counts = torch.bincount(outcome(drawn), minlength=27)[THREE[:, 2] == 0]
         assert p_value(counts, exact[THREE[:, 2] == 0] * N) > 0.01
@@ -74,7 +74,7 @@ def test_metropolis_leaves_the_distribution_as_it_is(target):
         ([0, 0, 1, 1], {"order": "random"}),
         ([0, 1, 0, 1], {"group_size": 2}),
         ([0, 1, 1, 1], {"policy": policies.groupwise(2)}),
-        ([0, 0, 1, 1], {"policy": policies.speculative()}),
+        ([0, 0, 1, 1], {"policy": policies.speculative(draft="query")}),
     ):
         blank = torch.tensor([blank]).bool().repeat(N, 1)
         result = revise(model, drawn, blank, accept="metropolis", target=targets, generator=g, **options)

@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("policy", [policies.groupwise(), policies.dynamic(), policies.speculative()])
+@pytest.mark.parametrize("policy", [policies.groupwise(), policies.dynamic(), policies.speculative(draft="query")])
 def test_a_trace_is_what_was_generated(policy):
     recorder = Recorder(text)
     model = converted("llama")

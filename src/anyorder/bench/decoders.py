@@ -20,6 +20,9 @@ from anyorder.policies import Policy
 
 Sampling = dict[str, Any]
 
+COMPILED = ", compiled"
+"""How the names of compiled decoders end."""
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -79,7 +82,7 @@ class AnyOrder(Decoder):
         self, model: AnyOrderForCausalLM, policy: Policy, name: str, sampling: Sampling | None, compile: bool = False
     ):
         self.model, self.policy, self.sampling, self.compile = model, policy, sampling, compile
-        self.name = name + ", greedy" * (sampling is None) + ", compiled" * compile
+        self.name = name + ", greedy" * (sampling is None) + COMPILED * compile
 
     def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
         draws: Sampling = {"do_sample": False}

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from anyorder.bench.decoders import COMPILED
+
 Record = dict[str, Any]
 _QUALITY = {"base_nats_per_token": "base nats a token", "distinct_2": "distinct-2", "rouge_l": "ROUGE-L"}
 
@@ -16,7 +18,7 @@ def table(records: Sequence[Record]) -> str:
     """Markdown, one line a decoder and batch size."""
     quality = [name for name in _QUALITY if name in records[0]]
     several = any(record["same_as_alone"] is not None for record in records)
-    compiled = any(record["decoder"].endswith("compiled") for record in records)
+    compiled = any(record["decoder"].endswith(COMPILED) for record in records)
     head = ["decoder", "batch", "tokens/s (min .. max)", "ratio (min .. max)", "forwards a token", "ms a forward"]
     head += [_QUALITY[name] for name in quality] + ["same as alone"] * several + ["warm-up, s"] * compiled
     lines = [head, ["---"] * len(head)]
@@ -48,8 +50,9 @@ def write(records: Sequence[Record], settings: Record, output: Path) -> list[Pat
         writer = csv.DictWriter(out, list(records[0]))
         writer.writeheader()
         writer.writerows(records)
-    said = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in settings.items())
-    files[2].write_text(f"# Decoders side by side\n\n{said}\n\n{table(records)}")
+    others = [f"- {name.replace('_', ' ')}: {value}" for name, value in settings.items() if name != "command"]
+    parts = ["# Decoders side by side", f"    {settings['command']}", "\n".join(others), table(records)]
+    files[2].write_text("\n\n".join(parts))
     plot(records, files[3])
     return files
 
@@ -62,10 +65,13 @@ def plot(records: Sequence[Record], file: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for decoder in dict.fromkeys(record["decoder"] for record in records):
+    decoders = list(dict.fromkeys(record["decoder"] for record in records))
+    eager = list(dict.fromkeys(decoder.removesuffix(COMPILED) for decoder in decoders))
+    for decoder in decoders:
         own = [record for record in records if record["decoder"] == decoder]
         x, y = ([record[name] for record in own] for name in ("tokens_per_second", "base_nats_per_token"))
-        axes.plot(x, y, marker="o", label=decoder)
+        color = f"C{eager.index(decoder.removesuffix(COMPILED))}"
+        axes.plot(x, y, marker="s" if decoder.endswith(COMPILED) else "o", color=color, label=decoder)
         for record, a, b in zip(own, x, y, strict=True):
             axes.annotate(str(record["batch_size"]), (a, b), textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set(xscale="log", xlabel="new tokens a second (points: batch sizes)", ylabel="base model's nats a token")

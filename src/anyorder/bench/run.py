@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from anyorder.bench.decoders import Decoder
     from anyorder.modeling import AnyOrderForCausalLM
 
-DEFAULT_POLICIES = ["groupwise:size=1", "groupwise:size=4", "groupwise:size=8", "speculative"]
+DEFAULT_POLICIES = [
+    "groupwise:size=1", "groupwise:size=4", "groupwise:size=8", "speculative:draft=ngram", "speculative:draft=query"
+]  # fmt: skip
 
 OPENINGS = (
     "The train left the station at", "My grandmother always said that", "In the summer of 1969, the",
@@ -94,7 +96,7 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
             result.quality["rouge_l"] = quality.rouge_l(texts, references[: len(texts)])
     records = [result.record() for result in results]
     names = ("model", "dtype", "device", "prompt_tokens", "new_tokens", "seed")
-    settings = {name: getattr(options, name) for name in names}
+    settings = {"command": options.as_typed} | {name: getattr(options, name) for name in names}
     settings["sampling"] = "greedy" if options.greedy else ", ".join(f"{k} {v}" for k, v in sampling.items())
     settings |= {"prompts": len(ids), "prompt_file": options.prompt_file, "threads": torch.get_num_threads()}
     files = report.write(records, settings, options.output)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -38,7 +39,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for an error, 130 when interrupted."""
     parser = build_parser()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(arguments)
+    options.as_typed = shlex.join(["anyorder", *arguments])
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
