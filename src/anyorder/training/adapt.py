@@ -43,7 +43,7 @@ _FIXED = {
 """Training arguments that follow from the command's own options, so that --training may not change them."""
 
 _NOT_OF_THE_RUN = {
-    "run", "command", "debug", "json", "resume", "output", "device", "save_every", "log_every",
+    "run", "command", "as_typed", "debug", "json", "resume", "output", "device", "save_every", "log_every",
     "plan", "devices", "device_flops", "utilisation",
 }  # fmt: skip
 
