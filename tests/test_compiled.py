@@ -9,7 +9,7 @@ import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies
 from anyorder.adapters import Adapter
-from anyorder.compiled import compiled_forward, slots_for
+from anyorder.compiled import ON_CPU, compiled_forward, slots_for
 from architectures import VOCABULARY, base_model, converted
 from test_decoding import generator, run
 
@@ -38,6 +38,14 @@ def turn_adapters(model: AnyOrderForCausalLM, on: bool) -> None:
             module.enable_adapters(on)
 
 
+@pytest.fixture(autouse=True)
+def _few_trials(request, monkeypatch):
+    """Trying kernels takes longer than all else, and what is chosen changes the speed alone: one case does it."""
+    if TUNED not in request.node.name:
+        monkeypatch.setitem(ON_CPU, "max_autotune", False)
+
+
+TUNED = "llama-exact-policy0"
 CASES = [
     ("llama", "exact", policies.groupwise(1)),
     ("llama", "paper", policies.groupwise(4)),

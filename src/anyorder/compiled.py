@@ -3,7 +3,7 @@
 A step is padded to a bucket of content rows and one of query rows, and the store of keys and values to a bucket of
 slots; each combination is compiled once a process. On the CPU weights are frozen into the compiled code, which lets
 oneDNN lay them out for it; inductor keeps no frozen code on disk, so that each process pays again (SmolLM2-135M on two
-cores: a minute and a half a shape). A model that is trained on must be compiled anew, which `model.train()` sees to.
+cores: one to three minutes a shape). A model that is trained on must be compiled anew, which `model.train()` sees to.
 
 The first forward of a run, over the prompt, and steps of many rows stay eager: they are bound by arithmetic.
 
@@ -42,6 +42,15 @@ _PADDING: dict[str, int | bool] = {
 }  # fmt: skip
 SLOTS = 64
 """The store's slots are a multiple of it."""
+ON_CPU: dict[str, Any] = {
+    "freezing": True,
+    "cpp.enable_concat_linear": True,  # linears of the same rows as one
+    "max_autotune": True,  # oneDNN's or generated code, by trial: for one row the latter is twice as fast
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "max_autotune_report_choices_stats": False,
+    "autotune_num_choices_displayed": 0,
+}
+"""Inductor's settings there."""
 Shape = tuple[int, int, int, int, bool, bool]
 """Batch, content rows, query rows, slots, whether a gated adapter acts on any row, whether adapters are on."""
 
@@ -186,13 +195,9 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextmanager
 def _settings(device: torch.device) -> Iterator[None]:
-    """What compiling and calling need; Dynamo reads `freezing` too, so that no option of torch.compile serves.
-
-    Linears that read the same rows become one (in frozen code on the CPU): a fifth less time in steps with an adapter.
-    """
-    on_cpu = device.type == "cpu"
-    frozen = torch._inductor.config.patch({"freezing": on_cpu, "cpp.enable_concat_linear": on_cpu})
-    with frozen, torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
+    """What compiling and calling need; Dynamo reads `freezing` too, so that no option of torch.compile serves."""
+    inductor = torch._inductor.config.patch(ON_CPU if device.type == "cpu" else {})
+    with inductor, torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
         yield
 
 
