@@ -192,12 +192,9 @@ def quantise_base(causal_lm: PreTrainedModel, config: Any) -> None:
     quantize_(causal_lm, config.quant_type, filter_fn=lambda module, name: name.endswith(".base_layer"))
 
 
-def are_on(model: nn.Module) -> bool:
-    """Whether a model has adapters that have not been disabled; PEFT turns them off and on together."""
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            return not module.disable_adapters
-    return False
+def first_layer(model: nn.Module) -> nn.Module | None:
+    """One layer with an adapter; PEFT turns all of them off and on together (`disable_adapters`)."""
+    return next((module for module in model.modules() if hasattr(module, "lora_A")), None)
 
 
 def merge(causal_lm: PreTrainedModel) -> None:

@@ -113,7 +113,8 @@ class CompiledForward:
     def __init__(self, model: AnyOrderForCausalLM):
         self.model = model
         self._forwards: dict[Shape, Callable[..., Tensor]] = {}
-        self._heads: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._heads: dict[tuple[int, bool], Callable[[Tensor], Tensor]] = {}
+        self._adapted = adapters.first_layer(model)
 
     @property
     def shapes(self) -> list[Shape]:
@@ -128,7 +129,7 @@ class CompiledForward:
             return self.model.hidden_rows(rows, key_positions, store)
         K = store.capacity + 1
         some_open = bool(rows.gates.any())
-        shape = (B, C_, Q_, K, some_open, adapters.are_on(self.model))
+        shape = (B, C_, Q_, K, some_open, self._adapters_are_on)
         if shape not in self._forwards:
             self._forwards[shape] = _compiled(self._traced(some_open))
         padded = [_padded(getattr(rows, name), C, C_, Q_, filler) for name, filler in _PADDING.items()]
@@ -143,10 +144,15 @@ class CompiledForward:
         N = max(2, _bucket(len(hidden)))  # one row alone gets the slow kernel of a vector
         if N > MOST_ROWS:
             return self.model.head(hidden)
-        if N not in self._heads:
-            self._heads[N] = _compiled(head_of(self.model.causal_lm))
+        shape = (N, self._adapters_are_on)
+        if shape not in self._heads:
+            self._heads[shape] = _compiled(head_of(self.model.causal_lm))
         with _settings(hidden.device):
-            return self._heads[N](nn.functional.pad(hidden, (0, 0, 0, N - len(hidden))))[: len(hidden)]
+            return self._heads[shape](nn.functional.pad(hidden, (0, 0, 0, N - len(hidden))))[: len(hidden)]
+
+    @property
+    def _adapters_are_on(self) -> bool:
+        return self._adapted is not None and not self._adapted.disable_adapters
 
     def _traced(self, some_open: bool) -> Callable[..., Tensor]:
         model = self.model
