@@ -57,6 +57,10 @@ class Blanks:
         piece = template.pieces[k]
         return self.has_spaces and piece.endswith(" ") and not piece[:-1][-1:].isspace()
 
+    def encode_fill(self, template: Template, k: int, text: str) -> list[int]:
+        """The tokens of a string in blank k, the space included that its first token brings."""
+        return self.pieces.encode(" " * self.eats_space(template, k) + text, k == 0 and not template.pieces[0])
+
     def encode(self, template: Template, lengths: Sequence[int], decided: Mapping[int, Sequence[int]]) -> Encoded:
         """The template with blanks of these lengths; ids in blanks are 0, but for those that are decided."""
         ids, blank, eats_space = [self.start_token_id], [-1], []
@@ -77,6 +81,15 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """(B, T) int64: the rows, filled up on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def check_context(encoded: Sequence[Encoded], limit: int | None) -> None:
+    """Raise ValueError if a text has more positions than a model's context."""
+    for number, e in enumerate(encoded):
+        if limit is not None and len(e.ids) > limit:
+            raise ValueError(
+                f"text {number} has {len(e.ids)} tokens with its blanks; the model's context is {limit}: shorten it"
+            )
 
 
 def by_blank(

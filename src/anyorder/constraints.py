@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,34 @@ class Automaton:
     def lengths(self) -> list[int]:
         """Lengths in tokens that can match, up to LONGEST."""
         return [n for n in range(1, LONGEST + 1) if self.can_end(self.start, n)]
+
+
+class Automata:
+    """The automata of patterns, each made once.
+
+    Args:
+        texts: gives the text of each token that patterns are made of, by id; asked when the first pattern comes.
+        vocabulary_size: V.
+    """
+
+    def __init__(self, texts: Callable[[], Mapping[int, str]], vocabulary_size: int):
+        self._texts, self.vocabulary_size = functools.cache(texts), vocabulary_size
+        self._made: dict[tuple[str, tuple[int, ...]], Automaton] = {}
+
+    def of(self, kind: Constraint | None, eats_space: bool, suppressed: tuple[int, ...]) -> Automaton | None:
+        """What a blank's tokens must match, the space included that the first one brings; None: anything.
+
+        Raises:
+            ValueError: if the pattern or the schema is none, or no tokens match it.
+        """
+        kind = kind.pattern if isinstance(kind, JsonSchema) else kind
+        if not isinstance(kind, Pattern):
+            return None
+        regex = f" (?:{kind.regex})" if eats_space else kind.regex
+        if (regex, suppressed) not in self._made:
+            tokens = {i: text for i, text in self._texts().items() if i not in suppressed}
+            self._made[regex, suppressed] = Automaton(regex, tokens, self.vocabulary_size)
+        return self._made[regex, suppressed]
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 A blank is a set of positions, never a token id (`blanks`). The fixed pieces come back byte for byte: the result is
 glued from the original strings and the decoded blanks.
 
-A blank that is a choice of strings is decided before the others are filled, by the exact likelihood of each string
-given all fixed text. A blank of unknown length is filled at every length that is tried, in one batch, and the likeliest
-is kept (`lengths`); several such blanks are settled from left to right.
+A blank that is a choice of strings is decided before the others are filled (`choices`). A blank of unknown length is
+filled at every length that is tried, in one batch, and the likeliest is kept (`lengths`); several such blanks are
+settled from left to right.
 
 This module knows text and tokenizers; how tokens are predicted is `decoding`'s business.
 """
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from anyorder.blanks import Blanks, Encoded, by_blank, pad
-from anyorder.constraints import Automaton, Choice, Constraint, JsonSchema, Pattern, Slot, Slots
+from anyorder.blanks import Blanks, Encoded, by_blank, check_context, pad
+from anyorder.choices import Decision, decide
+from anyorder.constraints import Automata, Choice, Constraint, Slot, Slots
 from anyorder.decoding import Watcher
-from anyorder.factorization import ABSENT, GIVEN, Factorization
+from anyorder.factorization import Factorization
 from anyorder.lengths import DEFAULT, LengthPrior, Tries, candidates, provisional
 from anyorder.options import check_options
 from anyorder.pieces import Pieces
@@ -78,16 +79,6 @@ class _Filled:
     ids: list[int]
 
 
-@dataclass(frozen=True)
-class _Decision:
-    """What a choice came to."""
-
-    text: str
-    ids: list[int]
-    log_prob: float
-    probabilities: dict[str, float]
-
-
 class Infiller:
     """Fills blanks in text with a converted model.
 
@@ -111,8 +102,7 @@ class Infiller:
         self._text_mask, self._space_mask = self.pieces.masks(model.vocabulary_size)
         self.start_token_id = self.pieces.start_token() if start_token_id is None else start_token_id
         self._blanks = Blanks(self.pieces, self.start_token_id, bool(self._space_mask.any()))
-        self._texts: dict[int, str] | None = None  # of the tokens that patterns are made of
-        self._automata: dict[tuple[str, tuple[int, ...]], Automaton] = {}
+        self._automata = Automata(self._token_texts, model.vocabulary_size)
 
     @overload
     def __call__(self, text: str, **options: Any) -> Infill: ...
@@ -224,7 +214,7 @@ class Infiller:
         """The lengths that fit into the context and the blank's pattern; if none does, one, which is then refused."""
         limit = context_length(self.model.causal_lm.config)
         fixed = len(self._blanks.encode(template, lengths, {}).ids) - lengths[k]
-        automaton = self._automaton(constraint, self._blanks.eats_space(template, k), suppressed)
+        automaton = self._automata.of(constraint, self._blanks.eats_space(template, k), suppressed)
         return tuple(
             n
             for n in tried
@@ -253,12 +243,13 @@ class Infiller:
         do_sample = does_sample(sampling.get("do_sample"), generator, sampling)
         heat = (sampling.get("temperature") or 1.0) if do_sample else None
         sources = generators if generators is not None else [None] * len(templates)
-        decisions = [self._decide(*parts, heat) for parts in zip(templates, lengths, wanted, sources, strict=True)]
+        rows = zip(templates, lengths, wanted, sources, strict=True)
+        decisions = [decide(self.model, self._blanks, *row, heat) for row in rows]
         encoded = [
             self._blanks.encode(template, own, {k: decision.ids for k, decision in decided.items()})
             for template, own, decided in zip(templates, lengths, decisions, strict=True)
         ]
-        self._check_context(encoded)
+        check_context(encoded, context_length(self.model.causal_lm.config))
         ids, blanks = pad([e.ids for e in encoded], 0), pad([e.blank for e in encoded], -1)
         mask = pad([[1] * len(e.ids) for e in encoded], 0)
         is_open = pad([[int(k >= 0 and k not in e.decided) for k in e.blank] for e in encoded], 0).bool()
@@ -278,49 +269,13 @@ class Infiller:
             **sampling,
         )
         assert not isinstance(output, Tensor)
-        rows = zip(templates, encoded, decisions, output.sequences, output.log_probs, strict=True)
+        done = zip(templates, encoded, decisions, output.sequences, output.log_probs, strict=True)
         return [
             _Filled(self._decode(t, e, d, row, scores, output.forwards), e, row[: len(e.ids)].tolist())
-            for t, e, d, row, scores in rows
+            for t, e, d, row, scores in done
         ]
 
-    # ------------------------------------------------------------------ choices and patterns
-
-    def _decide(
-        self,
-        template: Template,
-        lengths: Sequence[int],
-        constraints: list[Constraint | None],
-        generator: torch.Generator | None,
-        temperature: float | None,
-    ) -> dict[int, _Decision]:
-        """What each choice of a text comes to, from left to right, given its fixed text and earlier choices.
-
-        Without a temperature the likeliest string, else one that is drawn.
-        """
-        decisions: dict[int, _Decision] = {}
-        for k, constraint in enumerate(constraints):
-            if not isinstance(constraint, Choice):
-                continue
-            eats, at_start = self._blanks.eats_space(template, k), k == 0 and not template.pieces[0]
-            before = {j: decision.ids for j, decision in decisions.items()}
-            own = [self.pieces.encode(" " * eats + text, at_start) for text in constraint.options]
-            tried = [self._blanks.encode(template, lengths, before | {k: ids}) for ids in own]
-            self._check_context(tried)
-            groups = []
-            for e in tried:
-                step = iter(range(len(e.ids)))
-                state = [ABSENT if b not in {-1, *e.decided} else next(step) if b == k else GIVEN for b in e.blank]
-                groups.append(Factorization(torch.tensor([state])))
-            order = Factorization.stack(groups)
-            scores = self.model.log_likelihood(pad([e.ids for e in tried], 0), order).double().sum(dim=1).cpu()
-            shares = scores.softmax(dim=0)
-            best = int(scores.argmax())
-            if temperature is not None:
-                best = int(torch.multinomial((scores / temperature).softmax(dim=0), 1, generator=generator))
-            named = dict(zip(constraint.options, shares.tolist(), strict=True))
-            decisions[k] = _Decision(constraint.options[best], own[best], float(scores[best]), named)
-        return decisions
+    # ------------------------------------------------------------------ text -> positions
 
     def _slots(
         self,
@@ -332,28 +287,15 @@ class Infiller:
         slots = []
         for row, (e, kinds) in enumerate(zip(encoded, constraints, strict=True)):
             for k, kind in enumerate(kinds):
-                automaton = self._automaton(kind, e.eats_space[k], tuple(suppress_tokens))
+                automaton = self._automata.of(kind, e.eats_space[k], tuple(suppress_tokens))
                 if automaton is not None:
                     slots.append(Slot(row, e.columns(k), automaton))
         return Slots(slots, shape) if slots else None
 
-    def _automaton(self, kind: Constraint | None, eats_space: bool, suppressed: tuple[int, ...]) -> Automaton | None:
-        """What a blank's tokens must match, the space included that the first one brings."""
-        kind = kind.pattern if isinstance(kind, JsonSchema) else kind
-        if not isinstance(kind, Pattern):
-            return None
-        regex = f" (?:{kind.regex})" if eats_space else kind.regex
-        if (regex, suppressed) not in self._automata:
-            if self._texts is None:
-                ids = self._text_mask.nonzero()[:, 0].tolist()
-                texts = ((i, self.pieces.decode([i])) for i in ids)
-                # Part of a character is no text: such tokens stay out of patterns.
-                self._texts = {i: text for i, text in texts if text and "\ufffd" not in text}
-            tokens = {i: text for i, text in self._texts.items() if i not in suppressed}
-            self._automata[regex, suppressed] = Automaton(regex, tokens, self.model.vocabulary_size)
-        return self._automata[regex, suppressed]
-
-    # ------------------------------------------------------------------ text -> positions
+    def _token_texts(self) -> dict[int, str]:
+        """What each token of text stands for; part of a character is no text, and stays out of patterns."""
+        texts = ((i, self.pieces.decode([i])) for i in self._text_mask.nonzero()[:, 0].tolist())
+        return {i: text for i, text in texts if text and "\ufffd" not in text}
 
     def _allowed(
         self, encoded: list[Encoded], blanks: Tensor, special_tokens: bool, suppress_tokens: Sequence[int]
@@ -372,21 +314,13 @@ class Infiller:
                     index[row, e.blank.index(k)] = 1
         return AllowedTokens(torch.stack([text, spaced]) if index.any() else text[None], index)
 
-    def _check_context(self, encoded: list[Encoded]) -> None:
-        limit = context_length(self.model.causal_lm.config)
-        for number, e in enumerate(encoded):
-            if limit is not None and len(e.ids) > limit:
-                raise ValueError(
-                    f"text {number} has {len(e.ids)} tokens with its blanks; the model's context is {limit}: shorten it"
-                )
-
     # ------------------------------------------------------------------ positions -> text
 
     def _decode(
         self,
         template: Template,
         encoded: Encoded,
-        decisions: dict[int, _Decision],
+        decisions: dict[int, Decision],
         ids: Tensor,
         log_probs: Tensor,
         forwards: int,
