@@ -34,7 +34,7 @@ LAYERS = [
     ["policies.groupwise", "policies.dynamic", "policies.drafts"],
     ["policies.speculative"],
     ["policies"],
-    ["scoring", "decoding"],
+    ["scoring", "decoding", "choices"],
     ["infilling", "revision", "trace"],
     ["training.curriculum"],
     ["training.texts", "training.curves", "training.checkpoints", "training.plan"],
