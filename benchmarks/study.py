@@ -4,9 +4,10 @@ Each run is `anyorder adapt` in a folder of its own under --work, and is resumed
 curves and its measurements go into --results as small files, from which the page and the plot are made. So the study
 can be made in as many sittings as it takes, and the page can be written anew from the files alone.
 
-    python benchmarks/study.py --work study-runs --train-file stories.jsonl.gz tales.jsonl.gz --mixture 0.7 0.3 \\
-        --eval-file held_out.jsonl --stories rocstories_valid.jsonl.gz --tokens 320000 \\
-        --dtype bfloat16 --options "--dtype bfloat16 --length 1024 --document-length 128 --batch-size 1"
+    python benchmarks/study.py --work study-runs --train-file stories.jsonl.gz tales.jsonl.gz novels.jsonl.gz \\
+        --mixture 0.5 0.2 0.3 --eval-file held_out.jsonl --stories rocstories_valid.jsonl.gz --dtype bfloat16 \\
+        --options "--dtype bfloat16 --length 1024 --document-length 128 --batch-size 1 --warmup-steps 20 \\
+        --eval-documents 48 --seed 0"
     python benchmarks/study.py --report-only
 """
 

@@ -59,7 +59,12 @@ class Blanks:
 
     def encode_fill(self, template: Template, k: int, text: str) -> list[int]:
         """The tokens of a string in blank k, the space included that its first token brings."""
-        return self.pieces.encode(" " * self.eats_space(template, k) + text, k == 0 and not template.pieces[0])
+        return self.pieces.encode(" " * self.eats_space(template, k) + text, _at_start(template, k))
+
+    def decode_fill(self, template: Template, k: int, ids: list[int]) -> str:
+        """The string that tokens stand for in blank k, without the space that the first one brings."""
+        text = self.pieces.decode(ids, _at_start(template, k))
+        return text.removeprefix(" ") if self.eats_space(template, k) else text
 
     def encode(self, template: Template, lengths: Sequence[int], decided: Mapping[int, Sequence[int]]) -> Encoded:
         """The template with blanks of these lengths; ids in blanks are 0, but for those that are decided."""
@@ -75,6 +80,10 @@ class Blanks:
                 blank += [k] * len(own)
                 eats_space.append(eats)
         return Encoded(ids, blank, eats_space, frozenset(decided))
+
+
+def _at_start(template: Template, k: int) -> bool:
+    return k == 0 and not template.pieces[0]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

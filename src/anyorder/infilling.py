@@ -333,9 +333,7 @@ class Infiller:
                 fills.append(decisions[k].text)
                 totals.append(decisions[k].log_prob)
                 continue
-            at_start = k == 0 and not template.pieces[0]
-            fill = self.pieces.decode(row[blank == k].tolist(), at_start)
-            fills.append(fill.removeprefix(" ") if encoded.eats_space[k] else fill)
+            fills.append(self._blanks.decode_fill(template, k, row[blank == k].tolist()))
             totals.append(float(scores[blank == k].sum()))
         text, offsets = template.fill(fills)
         choices = [decisions[k].probabilities if k in decisions else None for k in range(template.blanks)]
