@@ -29,13 +29,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="stories, from the first; default: 300")
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
     options = parser.parse_args()
     stories = read(options.stories)[: options.limit]
     print(f"{len(stories)} stories, nats a token")
     print(f"{'model':32} {'given 1 2':>10} {'given 1 2 4 5':>14} {'whole, groups of 1':>19} {'whole, groups of 4':>19}")
     for name in options.model:
         model, tokenizer = load(name, dtype=getattr(torch, options.dtype))
-        columns = measure(model, Pieces(tokenizer), stories, options.batch_size)
+        columns = measure(model.to(options.device), Pieces(tokenizer), stories, options.batch_size)
         print(f"{name:32} {columns[0]:10.3f} {columns[1]:14.3f} {columns[2]:19.3f} {columns[3]:19.3f}", flush=True)
 
 
@@ -65,7 +66,7 @@ def measure(model: AnyOrderForCausalLM, pieces: Pieces, stories: list[list[str]]
         tensor = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         for column, orders in enumerate(rows):
             order = Factorization.stack(orders)
-            totals[column] -= model.log_likelihood(tensor, order).double().sum()
+            totals[column] -= model.log_likelihood(tensor, order).double().sum().cpu()
             counts[column] += order.is_predicted.sum()
     return (totals / counts).tolist()
 

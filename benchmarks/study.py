@@ -4,10 +4,12 @@ Each run is `anyorder adapt` in a folder of its own under --work, and is resumed
 curves and its measurements go into --results as small files, from which the page and the plot are made. So the study
 can be made in as many sittings as it takes, and the page can be written anew from the files alone.
 
-    python benchmarks/study.py --work study-runs --train-file stories.jsonl.gz tales.jsonl.gz novels.jsonl.gz \\
-        --mixture 0.5 0.2 0.3 --eval-file held_out.jsonl --stories rocstories_valid.jsonl.gz --dtype bfloat16 \\
+    python benchmarks/hold_out.py --output split stories.jsonl.gz tales.jsonl.gz novels.jsonl.gz
+    python benchmarks/study.py --work study-runs --dtype bfloat16 --stories rocstories_valid.jsonl.gz \\
+        --train-file split/stories.jsonl split/tales.jsonl split/novels.jsonl --mixture 0.5 0.2 0.3 \\
+        --eval-file split/held_out.jsonl \\
         --options "--dtype bfloat16 --length 1024 --document-length 128 --batch-size 1 --warmup-steps 20 \\
-        --eval-documents 48 --seed 0"
+        --eval-every 60 --save-every 60 --eval-documents 48 --seed 0"
     python benchmarks/study.py --report-only
 """
 
@@ -80,7 +82,10 @@ def main() -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the infill losses alone"
     )
     parser.add_argument("--options", default="", help="further options of adapt, the same for every run, in one string")
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--only", nargs="*", choices=WAYS, default=list(WAYS), help="some of the runs; without a name: the base alone"
+    )
     parser.add_argument("--results", type=Path, default=HERE / "docs" / "study")
     parser.add_argument("--report-only", action="store_true", help="write the page from the results that are there")
     options = parser.parse_args()
@@ -102,7 +107,7 @@ def train(options: argparse.Namespace, name: str) -> None:
     command = [sys.executable, "-m", "anyorder", "adapt", options.model, str(output), *WAYS[name].options]
     command += ["--train-file", *options.train_file, "--eval-file", *options.eval_file]
     command += ["--mixture", *options.mixture] if options.mixture else []
-    command += ["--tokens", str(options.tokens), "--eval-every", "60", "--save-every", "60", *options.options.split()]
+    command += ["--tokens", str(options.tokens), "--device", options.device, *options.options.split()]
     if (output / "run.json").is_file():
         command.append("--resume")
     print(" ".join(command), flush=True)
@@ -116,6 +121,7 @@ def measured(options: argparse.Namespace, name: str, model_name: str) -> None:
     if file.is_file():
         return
     model, tokenizer = load(model_name, dtype=getattr(torch, options.dtype))
+    model.to(options.device)
     stories = infill_loss.read(options.stories)[: options.limit]
     losses = infill_loss.measure(model, Pieces(tokenizer), stories, 20)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if name != "base" else 0

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from anyorder import AnyOrderForCausalLM, Factorization
+from anyorder import AnyOrderForCausalLM, Factorization, head
 from anyorder.adapters import WEIGHTS_FILE, Adapter
 from anyorder.checkpoint import QUERY_FILE, read_weights
 from anyorder.training.curriculum import BUILT_IN
 from anyorder.training.data import Sequences, collate
+from anyorder.training.heldout import HeldOut
 from architectures import base_model
 from training_data import documents
 
@@ -29,14 +30,16 @@ STEPS = 5
 def model_of(adapter: str) -> AnyOrderForCausalLM:
     torch.manual_seed(0)
     kind = None if adapter == "full" else Adapter(adapter, 8)
-    return AnyOrderForCausalLM.from_causal_lm(base_model("llama"), adapter=kind).train()
+    return AnyOrderForCausalLM.from_causal_lm(base_model("llama_tied"), adapter=kind).train()
 
 
 def train(model: AnyOrderForCausalLM, rank: int, processes: int) -> list[float]:
-    """Mean losses of batches of four sequences, of which each process takes its part."""
+    """Mean losses of batches of four sequences, of which each process takes its part; then held-out losses."""
     data = Sequences([documents()], 16, BUILT_IN["exact"], count=4 * STEPS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    curve = []
+    held_out = HeldOut(documents()[:5], batch_size=2)
+    curve = list(held_out.losses(model.eval()).values())  # before the first step, as adapt does
+    model.train()
     for step in range(STEPS):
         numbers = range(4 * step, 4 * step + 4)
         count = sum(int((collate([data[i]])["labels"] != -100).sum()) for i in numbers)
@@ -51,20 +54,23 @@ def train(model: AnyOrderForCausalLM, rank: int, processes: int) -> list[float]:
         if processes > 1:
             dist.all_reduce(total)
         curve.append(float(total))
-    return curve
+    return curve + list(held_out.losses(model.eval()).values())
 
 
 def main() -> None:
     adapter, folder = sys.argv[1], Path(sys.argv[2])
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    head.CHUNK = 4  # several a forward
     model = model_of(adapter)
     for layer in model.decoder.layers:
         fully_shard(layer)
+    tail = [model.decoder.norm, model.get_input_embeddings(), model.get_output_embeddings()]
+    fully_shard(tail, reshard_after_forward=False)
     fully_shard(model)
     curve = train(model, rank, dist.get_world_size())
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    model.save_pretrained(folder / "model", state_dict=whole or None, is_main_process=rank == 0)
+    model.save_pretrained(folder / "model", state_dict=whole, is_main_process=rank == 0)
     dist.barrier()
     if adapter != "full":  # read back into the split model
         for parameter in model.parameters():

@@ -116,6 +116,7 @@ def test_adapt_tells_mistakes_in_one_line(checkpoint, stories, tmp_path, capsys)
         (["--train-file", "none.jsonl"], "no such file: none.jsonl"),
         (["--resume"], "nothing to resume"),
         (["--mixture", "1", "2"], "--mixture has 2 weights for 1 training files"),
+        (["--attn-implementation", "flex_attention"], "has no backward pass on cpu: use sdpa"),
     )):  # fmt: skip
         assert adapt(checkpoint, stories, tmp_path / str(number), *more) == 2
         assert not (tmp_path / str(number)).exists()

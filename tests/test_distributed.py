@@ -54,7 +54,7 @@ def test_two_processes_under_fsdp2_give_the_losses_of_one(adapter, tmp_path):
     done = torchrun(str(HERE / "sharded_training.py"), adapter, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "curve.json").read_text()) == pytest.approx(expected, abs=1e-5)
-    base = {} if adapter == "full" else {"base_model": sharded_training.base_model("llama")}
+    base = {} if adapter == "full" else {"base_model": sharded_training.base_model("llama_tied")}
     saved = AnyOrderForCausalLM.from_pretrained(tmp_path / "model", **base)
     for (name, a), (_, b) in zip(model.named_parameters(), saved.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0, msg=name)

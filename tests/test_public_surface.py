@@ -124,7 +124,18 @@ SAMPLING = {"--sample", "--temperature", "--top-k", "--top-p", "--min-p", "--rep
 WATCHING = {"--watch", "--trace"}
 OPTIONS = {
     "adapt": COMMON
-    | {"--dtype", "--device", "--train-file", "--curriculum", "--adapter", "--rank", "--recipe", "--tokens", "--length"}
+    | {
+        "--dtype",
+        "--device",
+        "--attn-implementation",
+        "--train-file",
+        "--curriculum",
+        "--adapter",
+        "--rank",
+        "--recipe",
+        "--tokens",
+        "--length",
+    }
     | {"--document-length", "--batch-size", "--accumulate", "--learning-rate", "--warmup-steps", "--save-every"}
     | {
         "--log-every",

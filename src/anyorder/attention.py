@@ -31,8 +31,9 @@ MASK_ELEMENTS = 1 << 22
 """Largest boolean mask, in elements, that one SDPA call is given."""
 
 BLOCK_ROWS = 64
-"""Rows of one SDPA call: each block reads only the keys between its lowest and its highest interval, so packed
-documents do not pay for each other, nor early tokens for late ones."""
+"""Rows of one SDPA call on the CPU: each block reads only the keys between its lowest and its highest interval, so
+packed documents do not pay for each other, nor early tokens for late ones. Elsewhere a call costs more than what it
+reads, and only MASK_ELEMENTS bounds the blocks."""
 
 ADDITIVE_ELEMENTS = 1 << 20
 """Up to this size a block's mask is turned once a forward into the floats that SDPA's CPU kernel wants, instead of in
@@ -106,7 +107,8 @@ class Reads:
         """
         if (window, repeats, dtype) not in self._plans:
             B, R = self._rows.lo.shape
-            size = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // (B * repeats * self.key_count)))
+            size = max(1, MASK_ELEMENTS // (B * repeats * self.key_count))
+            size = min(BLOCK_ROWS, size) if self._device.type == "cpu" else size
             C = self.content_count  # a block of the last content and the first queries would read everything
             self._plans[window, repeats, dtype] = [
                 self._block(slice(first, min(first + size, end)), window, repeats, dtype)
@@ -120,9 +122,10 @@ class Reads:
         keys = slice(int(lo.min()), int(hi.max()))
         if window is None and bool((lo == keys.start).all()) and bool((hi == keys.stop).all()):
             return rows, keys, None
-        rank = torch.arange(keys.start, keys.stop, device=lo.device)
-        here, there = self._rows.positions[:, rows], self._key_positions[:, keys]
-        mask = for_heads(which_are_read(lo, hi, rank, here, there, window).to(self._device), repeats)
+        rank = torch.arange(keys.start, keys.stop, device=self._device)
+        of_rows = lo, hi, self._rows.positions[:, rows], self._key_positions[:, keys]
+        lo, hi, here, there = (tensor.to(self._device) for tensor in of_rows)
+        mask = for_heads(which_are_read(lo, hi, rank, here, there, window), repeats)
         if dtype != torch.bool and mask.device.type == "cpu" and mask.numel() <= ADDITIVE_ELEMENTS:
             mask = additive(mask, dtype)
         return rows, keys, mask
@@ -228,7 +231,7 @@ def _blocks(
             out = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling)
         else:
             out = _explicit(q, k, v, mask, scaling, dropout, softcap)
-        outputs.append(out.view(B, H, -1, value.shape[-1]))
+        outputs.append(out.reshape(B, H, -1, value.shape[-1]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
@@ -278,6 +281,8 @@ def _flex(
 ) -> Tensor:
     if dropout:
         raise ValueError(f"flex_attention has no dropout: set the model's attention dropout ({dropout}) to 0")
+    # Under autocast rotated queries and keys are float32 and values are not; SDPA casts them by itself.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     repeats = query.shape[1] // key.shape[1]
     if repeats & (repeats - 1):  # FlexAttention shares key heads only among powers of two
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -290,6 +295,8 @@ def _flex(
         block_mask=reads.block_mask(window),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        # The kernel for few queries (decoding) does not exist for every shape.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if query.is_cuda else None,
     )
 
 

@@ -127,14 +127,17 @@ class CompiledForward:
         keys, values = store.buffers
         if not keys or B * (C_ + Q_) > MOST_ROWS:
             return self.model.hidden_rows(rows, key_positions, store)
-        K = store.capacity + 1
+        K, device = store.capacity + 1, self.model.query_embedding.device
         some_open = bool(rows.gates.any())
         shape = (B, C_, Q_, K, some_open, self._adapters_are_on)
         if shape not in self._forwards:
-            self._forwards[shape] = _compiled(self._traced(some_open))
+            self._forwards[shape] = _compiled(self._traced(some_open), device)
         padded = [_padded(getattr(rows, name), C, C_, Q_, filler) for name, filler in _PADDING.items()]
         padded += [_right(rows.slots, C_, store.capacity), _right(key_positions, K, 0)]
-        device = self.model.query_embedding.device
+        if device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+            for buffer in keys + values:  # written to in place: a graph keeps their addresses, or is recorded anew
+                torch._dynamo.mark_static_address(buffer, guard=False)
         with _settings(device):
             hidden = self._forwards[shape](*(tensor.to(device) for tensor in padded), keys, values)
         return torch.cat([hidden[:, :C], hidden[:, C_ : C_ + Q]], dim=1)
@@ -146,9 +149,10 @@ class CompiledForward:
             return self.model.head(hidden)
         shape = (N, self._adapters_are_on)
         if shape not in self._heads:
-            self._heads[shape] = _compiled(head_of(self.model.causal_lm))
+            self._heads[shape] = _compiled(head_of(self.model.causal_lm), hidden.device)
         with _settings(hidden.device):
-            return self._heads[shape](nn.functional.pad(hidden, (0, 0, 0, N - len(hidden))))[: len(hidden)]
+            logits = self._heads[shape](nn.functional.pad(hidden, (0, 0, 0, N - len(hidden))))[: len(hidden)]
+        return logits.clone() if logits.is_cuda else logits  # the graph's next replay writes over its own
 
     @property
     def _adapters_are_on(self) -> bool:
@@ -191,12 +195,15 @@ def slots_for(columns: int) -> int:
     return -(-(columns + 1) // SLOTS) * SLOTS - 1
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
     """Dynamo keeps what it compiles by code object, and tells closures of one code apart by guards that are dropped
     here: so every function gets a code object of its own."""
     code, closure = function.__code__.replace(), function.__closure__
     own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-    return torch.compile(own, fullgraph=True, dynamic=False, options={"guard_filter_fn": _guards})
+    options: dict[str, Any] = {"guard_filter_fn": _guards}
+    if device.type == "cuda":
+        options["triton.cudagraphs"] = True
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
 @contextmanager

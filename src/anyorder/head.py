@@ -12,12 +12,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 CHUNK = 256
 """Predictions whose logits exist at the same time in `negative_log_likelihoods`: 256 x 49,152 floats are 50 MB."""
+CHUNK_ON_DEVICE = 1024
+"""The same on an accelerator, where small products leave most of it idle."""
 
 
 @dataclass
@@ -37,11 +40,26 @@ class _IdentityDecoder(nn.Module):
         return _IdentityOutput(last_hidden_state=inputs_embeds)
 
 
+class _WithoutHooks(nn.Module):
+    """What a module computes, without what its hooks do."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._module = (module,)  # a tuple: its parameters are not this one's
+
+    def forward(self, *args: Any) -> Tensor:
+        (module,) = self._module
+        return cast(Tensor, type(module).forward(module, *args))
+
+
 def head_of(causal_lm: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """A function from (N, E) final hidden states to (N, V) logits."""
     head = copy.copy(causal_lm)
     head._modules = dict(causal_lm._modules)
     head._modules[causal_lm.base_model_prefix] = _IdentityDecoder()
+    for name, module in head._modules.items():
+        if isinstance(module, FSDPModule):  # see `negative_log_likelihoods`
+            head._modules[name] = _WithoutHooks(cast(nn.Module, module))
 
     def logits(hidden: Tensor) -> Tensor:
         # The class's forward: one that a hook has put on the instance is bound to the whole model.
@@ -58,22 +76,36 @@ def logits_of(causal_lm: PreTrainedModel, hidden: Tensor) -> Tensor:
 def negative_log_likelihoods(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """(N,) float32 cross-entropy of (N,) target ids, in nats; 0 where the target is -100.
 
-    At most CHUNK x V floats exist at a time. With a frozen head the gradient of each loss by its own hidden state is
-    made together with the loss; otherwise each chunk's logits are made again in the backward pass.
+    A few times CHUNK x V floats exist at a time. With a frozen head the gradient of each loss by its own hidden state
+    is made together with the loss; otherwise each chunk's logits are made again in the backward pass.
     """
 
     def chunk(states: Tensor, ids: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits_of(causal_lm, states).float(), ids, reduction="none")
 
+    def chunks(hidden: Tensor) -> Tensor:
+        size = CHUNK if hidden.device.type == "cpu" else CHUNK_ON_DEVICE
+        pairs = zip(hidden.split(size), targets.split(size), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([chunk(states, ids) for states, ids in pairs])
+        if hidden.requires_grad and not any(parameter.requires_grad for parameter in head.parameters()):
+            return torch.cat([cast(Tensor, _FrozenHeadLoss.apply(states, ids, causal_lm)) for states, ids in pairs])
+        return torch.cat([checkpoint(chunk, states, ids, use_reentrant=False) for states, ids in pairs])
+
     if not hidden.shape[0]:
         return hidden.sum() * hidden.new_zeros(0)
-    pairs = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([chunk(states, ids) for states, ids in pairs])
     head = cast(nn.Module, causal_lm.get_output_embeddings())
-    if hidden.requires_grad and not any(parameter.requires_grad for parameter in head.parameters()):
-        return torch.cat([cast(Tensor, _FrozenHeadLoss.apply(states, ids, causal_lm)) for states, ids in pairs])
-    return torch.cat([checkpoint(chunk, states, ids, use_reentrant=False) for states, ids in pairs])
+    return _as_one_call(head, chunks, hidden) if isinstance(head, FSDPModule) else chunks(hidden)
+
+
+def _as_one_call(module: nn.Module, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """The function, run as if it were the module's forward: FSDP gathers the module's weights before a call and lets
+    them go after that call's backward, in which every chunk needs them."""
+    module.forward = function
+    try:
+        return cast(Tensor, module(inputs))
+    finally:
+        del module.forward
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

@@ -318,6 +318,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        loss_only: bool = False,
     ) -> AnyOrderOutput:
         """Logits of every predicted token, in one forward.
 
@@ -328,10 +329,11 @@ class AnyOrderForCausalLM(PreTrainedModel):
             attention_mask: (B, T), without a factorization: 0 marks padding, on the right.
             num_items_in_batch: what the sum of the losses is divided by, where a step is many forwards; None: the
                 number of labelled predicted positions (as Trainer expects).
+            loss_only: with labels, leave out the logits; always so in training.
 
         Returns:
             logits (B, T, V) in the model's dtype: row i predicts token i, unshifted; zeros at positions that are not
-            predicted; None in training with labels, where they would be the largest tensor by far. loss: mean
+            predicted; None for losses alone, beside which they would be the largest tensor by far. loss: mean
             cross-entropy over the labelled predicted positions, in nats, float32 (0 if there are none); a mixture of
             experts adds no router loss. token_losses: (B, T) float32 without gradient, 0 where nothing counts.
         """
@@ -351,7 +353,7 @@ class AnyOrderForCausalLM(PreTrainedModel):
             loss = losses.sum() / count
             token_losses = losses.new_zeros(where.shape)
             token_losses[where] = losses.detach()
-            if self.training:
+            if self.training or loss_only:
                 return AnyOrderOutput(loss=loss, token_losses=token_losses)
         logits = self.head(hidden)
         out = logits.new_zeros(*where.shape, logits.shape[-1])

@@ -44,7 +44,7 @@ _FIXED = {
 
 _NOT_OF_THE_RUN = {
     "run", "command", "as_typed", "debug", "json", "resume", "output", "device", "save_every", "log_every",
-    "plan", "devices", "device_flops", "utilisation",
+    "attn_implementation", "plan", "devices", "device_flops", "utilisation",
 }  # fmt: skip
 
 
@@ -84,6 +84,8 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument("--warmup-steps", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--save-every", type=positive, default=100, metavar="N", help="steps; default: 100")
     parser.add_argument("--log-every", type=positive, default=10, metavar="N", help="steps; default: 10")
+    parser.add_argument("--attn-implementation", choices=("sdpa", "flex_attention"),
+                        help="default: flex_attention on cuda, else sdpa")  # fmt: skip
     parser.add_argument("--training", nargs="+", default=[], metavar="NAME=VALUE",
                         help="further fields of transformers.TrainingArguments: gradient_checkpointing=true, "
                              "report_to=tensorboard, deepspeed=zero3.json, ...")  # fmt: skip
@@ -124,6 +126,7 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     if options.mixture is not None and len(options.mixture) != len(texts):
         raise ValueError(f"--mixture has {len(options.mixture)} weights for {len(texts)} training files")
     further = _training_arguments(options.training)
+    _attention(options)
     checkpoint = _prepare(options)  # writes; so a mistake above leaves nothing behind
     model, tokenizer = _model(options, load)
     rows = options.batch_size * options.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
@@ -235,12 +238,22 @@ def _model(
     from anyorder.adapters import Adapter
 
     torch.manual_seed(options.seed)  # the adapter's first factor is random
-    more = {} if options.adapter == "none" else {"adapter": Adapter(options.adapter, options.rank)}
+    more: dict[str, Any] = {} if options.adapter == "none" else {"adapter": Adapter(options.adapter, options.rank)}
+    more["attn_implementation"] = _attention(options)
     model, tokenizer = load(options, **more)
     for parameter in model.parameters():  # small updates vanish in 16 bits; the forward casts
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model.train(), tokenizer
+
+
+def _attention(options: argparse.Namespace) -> str:
+    import torch
+
+    device, chosen = torch.device(options.device).type, options.attn_implementation
+    if chosen == "flex_attention" and device == "cpu":
+        raise ValueError("--attn-implementation flex_attention has no backward pass on cpu: use sdpa, or --device cuda")
+    return chosen or ("flex_attention" if device == "cuda" else "sdpa")
 
 
 def _trainer(
