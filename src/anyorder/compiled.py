@@ -3,7 +3,8 @@
 A step is padded to a bucket of content rows and one of query rows, and the store of keys and values to a bucket of
 slots; each combination is compiled once a process. On the CPU weights are frozen into the compiled code, which lets
 oneDNN lay them out for it; inductor keeps no frozen code on disk, so that each process pays again (SmolLM2-135M on two
-cores: one to three minutes a shape). A model that is trained on must be compiled anew, which `model.train()` sees to.
+cores: one to three minutes a shape). On CUDA each shape becomes a CUDA graph, recorded anew when a run's store lies
+elsewhere. A model that is trained on must be compiled anew, which `model.train()` sees to.
 
 The first forward of a run, over the prompt, and steps of many rows stay eager: they are bound by arithmetic.
 
