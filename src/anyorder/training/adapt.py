@@ -126,9 +126,9 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     if options.mixture is not None and len(options.mixture) != len(texts):
         raise ValueError(f"--mixture has {len(options.mixture)} weights for {len(texts)} training files")
     further = _training_arguments(options.training)
-    _attention(options)
+    attention = _attention(options)
     checkpoint = _prepare(options)  # writes; so a mistake above leaves nothing behind
-    model, tokenizer = _model(options, load)
+    model, tokenizer = _model(options, load, attention)
     rows = options.batch_size * options.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     steps = max(1, options.tokens // (rows * options.length))
     data = _data(options, texts, tokenizer, curriculum, steps * rows)
@@ -231,16 +231,15 @@ def _prepare(options: argparse.Namespace) -> str | None:
 
 
 def _model(
-    options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]
+    options: argparse.Namespace, load: Callable[..., tuple[Any, Any]], attention: str
 ) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
     import torch
 
     from anyorder.adapters import Adapter
 
     torch.manual_seed(options.seed)  # the adapter's first factor is random
-    more: dict[str, Any] = {} if options.adapter == "none" else {"adapter": Adapter(options.adapter, options.rank)}
-    more["attn_implementation"] = _attention(options)
-    model, tokenizer = load(options, **more)
+    more = {} if options.adapter == "none" else {"adapter": Adapter(options.adapter, options.rank)}
+    model, tokenizer = load(options, attn_implementation=attention, **more)
     for parameter in model.parameters():  # small updates vanish in 16 bits; the forward casts
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
