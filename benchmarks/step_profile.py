@@ -2,9 +2,12 @@
 
 Runs a decoder under torch.profiler, sorts the operators' own time by their shapes (matrix products with the adapter's
 rank, with the vocabulary, others; attention; the rest, generated code included), and sets it against the wall time
-without the profiler. What no operator accounts for is Python and dispatch. Hugging Face `generate` stands beside it.
+without the profiler. What no operator accounts for is Python and dispatch. Hugging Face `generate` stands beside it. Compiled
+steps are one call of generated code and one for the head: each is timed as a whole, and the rest is the eager forward
+over the prompt, the choice of tokens and Python.
 
     python benchmarks/step_profile.py --policies groupwise:size=1 groupwise:size=4 --output docs/step_profile.md
+    python benchmarks/step_profile.py --policies groupwise:size=1 groupwise:size=4 --compile
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from anyorder import DEFAULT_MODEL, AnyOrderForCausalLM, load, policies
+from anyorder.compiled import compiled_forward
 from anyorder.sources import load_causal_lm
 
 KINDS = ("base linears", "adapter linears", "head", "attention", "other operators")
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
+COMPILED = ("compiled rows", "compiled head")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 
 
 def main() -> None:
@@ -35,7 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--policies", nargs="+", default=["groupwise:size=1", "groupwise:size=4", "speculative:draft=query"]
     )
-    parser.add_argument("--compile", action="store_true", help="our steps through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="our steps as compiled code")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="default: 5, interleaved; medians")
@@ -49,22 +54,24 @@ def main() -> None:
         decoders[name] = _ours(model, prompt, name, options)
     for decode in decoders.values():
         decode()
+    parts = _timed(model) if options.compile else {}
     walls: dict[str, list[float]] = {name: [] for name in decoders}
     for _ in range(options.rounds):
         for name, decode in decoders.items():
             start = perf_counter()
             forwards = decode()
             walls[name].append((perf_counter() - start) / forwards * 1000)
+    kinds, rest = (COMPILED, "the rest") if options.compile else (KINDS, "Python and dispatch")
     lines = [
         f"    {shlex.join(['python', *sys.argv])}",
         "",
-        "| ms a forward | forwards | wall | " + " | ".join(KINDS) + " | Python and dispatch |",
-        "|---" * (len(KINDS) + 4) + "|",
+        "| ms a forward | forwards | wall | " + " | ".join(kinds) + f" | {rest} |",
+        "|---" * (len(kinds) + 4) + "|",
     ]
     for name, decode in decoders.items():
-        forwards, spent = _profiled(decode, model)
+        forwards, spent = _in_compiled_code(decode, parts) if options.compile else _profiled(decode, model)
         wall = median(walls[name])
-        cells = [spent[kind] for kind in KINDS]
+        cells = [spent[kind] for kind in kinds]
         lines.append(f"| {name} | {forwards} | {wall:.1f} | " + " | ".join(f"{c:.1f}" for c in cells)
                      + f" | {wall - sum(cells):.1f} |")  # fmt: skip
     print("\n".join(lines))
@@ -100,6 +107,37 @@ def _ours(
     return decode
 
 
+def _timed(model: AnyOrderForCausalLM) -> dict[str, list[float]]:
+    """Seconds of every call of compiled code from here on, by kind."""
+    forward = compiled_forward(model)
+    parts: dict[str, list[float]] = {kind: [] for kind in COMPILED}
+
+    def timed(function: Callable[..., torch.Tensor], spent: list[float]) -> Callable[..., torch.Tensor]:
+        def call(*inputs: Any) -> torch.Tensor:
+            start = perf_counter()
+            output = function(*inputs)
+            spent.append(perf_counter() - start)
+            return output
+
+        return call
+
+    functions: tuple[dict[Any, Callable[..., torch.Tensor]], ...] = (forward._forwards, forward._heads)
+    for kind, compiled in zip(COMPILED, functions, strict=True):
+        compiled.update({shape: timed(function, parts[kind]) for shape, function in compiled.items()})
+    return parts
+
+
+def _in_compiled_code(decode: Callable[[], int], parts: dict[str, list[float]]) -> tuple[int, dict[str, float]]:
+    """Forwards, and milliseconds of each kind a forward: medians of a few runs."""
+    runs = []
+    for _ in range(5):
+        for spent in parts.values():
+            spent.clear()
+        forwards = decode()
+        runs.append([sum(spent) * 1000 / forwards for spent in parts.values()])
+    return forwards, dict(zip(parts, (median(run) for run in zip(*runs, strict=True)), strict=True))
+
+
 def _profiled(decode: Callable[[], int], model: AnyOrderForCausalLM) -> tuple[int, dict[str, float]]:
     """Forwards, and milliseconds of each kind a forward."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
@@ -107,7 +145,7 @@ def _profiled(decode: Callable[[], int], model: AnyOrderForCausalLM) -> tuple[in
     rank = (model.config.adapter or {}).get("rank")
     spent = dict.fromkeys(KINDS, 0.0)
     for event in recorded.key_averages(group_by_input_shape=True):
-        if event.key.startswith(("aten::", "mkldnn::", "## Call CompiledFxGraph")) or event.key.endswith("kernel"):
+        if event.key.startswith("aten::"):
             weight = [shape for shape in event.input_shapes if len(shape) == 2][-1:]
             sizes = {size for shape in weight for size in shape}
             if "attention" in event.key:
@@ -117,8 +155,7 @@ def _profiled(decode: Callable[[], int], model: AnyOrderForCausalLM) -> tuple[in
             elif model.vocabulary_size in sizes:
                 kind = "head"
             else:
-                # Compiled, linears of the same rows become one: two or three factors side by side.
-                kind = "adapter linears" if rank and sizes & {rank, 2 * rank, 3 * rank} else "base linears"
+                kind = "adapter linears" if rank in sizes else "base linears"
             spent[kind] += event.self_cpu_time_total / 1000 / forwards
     return forwards, spent
 

@@ -26,6 +26,18 @@ def smollm2() -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
 
 
 @pytest.fixture(scope="session")
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def code_cache(_session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Compiled code goes here and not into the user's cache."""
+    monkeypatch.setattr("anyorder.aot.cache_directory", lambda: _session_cache)
+    return _session_cache
+
+
+@pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: every text is representable, and a leading space is a token of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

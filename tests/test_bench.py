@@ -44,6 +44,7 @@ def test_decoders_are_measured_on_the_same_prompts():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of Inductor's own imports
+@pytest.mark.usefixtures("code_cache")
 def test_compiled_decoders_stand_beside_eager_ones(capsys, checkpoint, tmp_path):
     arguments = ["bench", str(tmp_path / "out"), "--model", str(checkpoint), "--prompts", "1", "--batch-size", "1"]
     arguments += ["--prompt-tokens", "6", "--new-tokens", "4", "--compile", "--greedy", "--policies", "groupwise"]

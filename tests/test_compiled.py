@@ -17,6 +17,7 @@ from test_decoding import generator, run
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.usefixtures("code_cache"),
 ]
 
 T = 14

@@ -27,7 +27,7 @@ LAYERS = [
     ["checkpoint"],
     ["modeling"],
     ["sources", "reference", "sampling", "pieces", "constraints", "lengths"],
-    ["blanks"],
+    ["blanks", "aot"],
     ["compiled"],
     ["loop"],
     ["policies.base"],

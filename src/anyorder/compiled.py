@@ -1,10 +1,11 @@
 """Compiled decoding steps: the forward of a few rows through torch.compile, in few static shapes.
 
 A step is padded to a bucket of content rows and one of query rows, and the store of keys and values to a bucket of
-slots; each combination is compiled once a process. On the CPU weights are frozen into the compiled code, which lets
-oneDNN lay them out for it; inductor keeps no frozen code on disk, so that each process pays again (SmolLM2-135M on two
-cores: one to three minutes a shape). On CUDA each shape becomes a CUDA graph, recorded anew when a run's store lies
-elsewhere. A model that is trained on must be compiled anew, which `model.train()` sees to.
+slots; each combination is compiled once. On the CPU weights are frozen into the compiled code, laid out as its kernels
+want them, and `aot` keeps the code on disk: a shape takes one to three minutes the first time (SmolLM2-135M on two
+cores), a second ever after. On CUDA each shape becomes a CUDA graph, recorded anew when a run's store lies elsewhere,
+of kernels that inductor keeps on disk itself. A model that is trained on must be compiled anew, which `model.train()`
+sees to.
 
 The first forward of a run, over the prompt, and steps of many rows stay eager: they are bound by arithmetic.
 
@@ -15,17 +16,16 @@ Shapes: B batch, R rows of a forward (C content rows first), K slots of the stor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch._dynamo
-import torch._inductor.config
 from torch import Tensor, nn
 
 from anyorder import adapters
+from anyorder.aot import Packages
 from anyorder.attention import Block, additive, for_heads, which_are_read
 from anyorder.cache import KeyValueStore, scatter
 from anyorder.head import head_of
@@ -114,6 +114,7 @@ class CompiledForward:
     def __init__(self, model: AnyOrderForCausalLM):
         self.model = model
         self._forwards: dict[Shape, Callable[..., Tensor]] = {}
+        self._packages: Packages | None = None
         self._heads: dict[tuple[int, bool], Callable[[Tensor], Tensor]] = {}
         self._adapted = adapters.first_layer(model)
 
@@ -131,16 +132,17 @@ class CompiledForward:
         K, device = store.capacity + 1, self.model.query_embedding.device
         some_open = bool(rows.gates.any())
         shape = (B, C_, Q_, K, some_open, self._adapters_are_on)
-        if shape not in self._forwards:
-            self._forwards[shape] = _compiled(self._traced(some_open), device)
         padded = [_padded(getattr(rows, name), C, C_, Q_, filler) for name, filler in _PADDING.items()]
         padded += [_right(rows.slots, C_, store.capacity), _right(key_positions, K, 0)]
+        inputs = (*(tensor.contiguous().to(device) for tensor in padded), keys, values)
+        if shape not in self._forwards:
+            name = f"rows-{B}-{C_}-{Q_}-{K}" + "-open" * some_open + self._suffix
+            self._forwards[shape] = self._compiled(name, self._traced(some_open), inputs)
         if device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
             for buffer in keys + values:  # written to in place: a graph keeps their addresses, or is recorded anew
                 torch._dynamo.mark_static_address(buffer, guard=False)
-        with _settings(device):
-            hidden = self._forwards[shape](*(tensor.to(device) for tensor in padded), keys, values)
+        hidden = self._forwards[shape](*inputs)
         return torch.cat([hidden[:, :C], hidden[:, C_ : C_ + Q]], dim=1)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -148,16 +150,28 @@ class CompiledForward:
         N = max(2, _bucket(len(hidden)))  # one row alone gets the slow kernel of a vector
         if N > MOST_ROWS:
             return self.model.head(hidden)
+        padded = nn.functional.pad(hidden, (0, 0, 0, N - len(hidden))).contiguous()
         shape = (N, self._adapters_are_on)
         if shape not in self._heads:
-            self._heads[shape] = _compiled(head_of(self.model.causal_lm), hidden.device)
-        with _settings(hidden.device):
-            logits = self._heads[shape](nn.functional.pad(hidden, (0, 0, 0, N - len(hidden))))[: len(hidden)]
+            function = head_of(self.model.causal_lm)
+            self._heads[shape] = self._compiled(f"head-{N}{self._suffix}", function, (padded,))
+        logits = self._heads[shape](padded)[: len(hidden)]
         return logits.clone() if logits.is_cuda else logits  # the graph's next replay writes over its own
 
     @property
     def _adapters_are_on(self) -> bool:
         return self._adapted is not None and not self._adapted.disable_adapters
+
+    @property
+    def _suffix(self) -> str:
+        return "-adapted" if self._adapters_are_on else ""
+
+    def _compiled(self, name: str, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> Callable[..., Tensor]:
+        if self.model.device.type != "cpu":
+            return _just_in_time(function)
+        if self._packages is None:
+            self._packages = Packages(self.model, dict(ON_CPU))
+        return self._packages.load(name, function, inputs)
 
     def _traced(self, some_open: bool) -> Callable[..., Tensor]:
         model = self.model
@@ -196,30 +210,25 @@ def slots_for(columns: int) -> int:
     return -(-(columns + 1) // SLOTS) * SLOTS - 1
 
 
-def _compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+def _just_in_time(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Dynamo keeps what it compiles by code object, and tells closures of one code apart by guards that are dropped
     here: so every function gets a code object of its own."""
     code, closure = function.__code__.replace(), function.__closure__
     own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-    options: dict[str, Any] = {"guard_filter_fn": _guards}
-    if device.type == "cuda":
-        options["triton.cudagraphs"] = True
-    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    options: dict[str, Any] = {"guard_filter_fn": _guards, "triton.cudagraphs": True}
+    compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
+    def call(*inputs: Any) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
+            return compiled(*inputs)
 
-@contextmanager
-def _settings(device: torch.device) -> Iterator[None]:
-    """What compiling and calling need; Dynamo reads `freezing` too, so that no option of torch.compile serves."""
-    inductor = torch._inductor.config.patch(ON_CPU if device.type == "cpu" else {})
-    with inductor, torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
-        yield
+    return call
 
 
 def _guards(entries: Sequence[Any]) -> list[bool]:
     """Which of Dynamo's guards stay: those on the global state and on the arguments.
 
-    Most of some thousands watch attributes of modules, at 3 ms a step; frozen code does not notice changed weights
-    either, and that adapters are on or off is part of the shape.
+    Most of some thousands watch attributes of modules, at 3 ms a step; whether adapters are on is part of the shape.
     """
     return [
         entry.guard_type in ("GLOBAL_STATE", "SHAPE_ENV")

@@ -142,7 +142,7 @@ def stream(
             token. What lies behind it is dropped, and decoding goes on until everything before it is filled.
         allowed_tokens: `AllowedTokens`, sets of tokens that positions may take.
         slots: `constraints.Slots`, patterns that runs of positions must match, filled from left to right.
-        compile: run the steps through torch.compile; the first of each shape takes a minute or more (see `compiled`).
+        compile: run steps as compiled code; the first of each shape takes minutes, once a machine (see `compiled`).
         forced_ids: (B, T) int64, tokens to commit instead of drawing; -100 where a token is to be drawn. A forced token
             is never an end.
 
