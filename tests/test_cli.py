@@ -13,6 +13,7 @@ import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, Infiller, load
 from anyorder.cli import build_parser, main
+from anyorder.compiled import ON_CPU
 from anyorder.pieces import Pieces
 
 COMMANDS = ("convert", "adapt", "generate", "infill", "score", "bench", "show", "plot")
@@ -127,6 +128,18 @@ def test_sampling_is_seeded_and_each_text_has_its_own_seed(capsys, checkpoint):
     assert run(capsys, *arguments, "a", "b", "--seed", 3)[1] == first
     assert run(capsys, *arguments, "b", "--seed", 4)[1] == first.split("\nb", 1)[1].join(["b", ""])
     assert run(capsys, *arguments, "a", "b", "--seed", 5)[1] != first
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of Inductor's own imports
+def test_compiled_code_gives_the_same_text(capsys, checkpoint, code_cache, monkeypatch):
+    monkeypatch.setitem(ON_CPU, "max_autotune", False)
+    arguments = ["infill", "a ___ b", "--model", checkpoint, "--length", 4, "--group-size", 2, "--json"]
+    _, eager, _ = run(capsys, *arguments)
+    before = set(code_cache.glob("compiled/*/*"))
+    code, compiled, error = run(capsys, *arguments, "--compile")
+    assert code == 0, error
+    assert json.loads(compiled)["text"] == json.loads(eager)["text"]
+    assert set(code_cache.glob("compiled/*/*")) > before
 
 
 def test_score(capsys, checkpoint):

@@ -120,7 +120,7 @@ COMMON = {"--debug", "--help", "--json", "-h"}
 MODEL = {"--model", "--dtype", "--device", "--int8"}
 TEXTS = {"--file", "--lines"}
 ORDER = {"--group-size", "--order", "--seed"}
-SAMPLING = {"--sample", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed"}
+SAMPLING = {"--sample", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--compile"}
 WATCHING = {"--watch", "--trace"}
 OPTIONS = {
     "adapt": COMMON

@@ -38,7 +38,7 @@ from anyorder.template import Template
 if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
 
-_SAMPLING = ("do_sample", *DRAWING, "repetition_penalty")
+_PASSED_ON = ("do_sample", *DRAWING, "repetition_penalty", "compile")
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ class Infiller:
                 the others.
             do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `generate`; a generator implies
                 do_sample, unless it is False.
+            compile: as in `generate`.
 
         Raises:
             ValueError: no blank, a length that does not fit, an unknown option, a text longer than the context.
@@ -140,7 +141,7 @@ class Infiller:
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("no text to fill")
-        check_options(options, self._fill, *_SAMPLING, "blank", "length")
+        check_options(options, self._fill, *_PASSED_ON, "blank", "length")
         blank, length = options.pop("blank", "___"), options.pop("length", DEFAULT)
         templates = [Template.parse(text, blank) for text in texts]
         tried = [candidates(length, template.blanks) for template in templates]

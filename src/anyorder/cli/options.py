@@ -87,7 +87,7 @@ def _policy(text: str) -> Policy:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How tokens are drawn."""
+    """How tokens are drawn, and by what code."""
     parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the most likely")
     parser.add_argument("--temperature", type=float, metavar="T", help="implies --sample")
     parser.add_argument("--top-k", type=int, metavar="K", help="implies --sample")
@@ -95,6 +95,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, metavar="P", help="implies --sample")
     parser.add_argument("--repetition-penalty", type=float, metavar="R")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--compile", action="store_true", help="compiled code: minutes the first time, faster for good")
 
 
 def add_watching(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +135,8 @@ def sampling_options(options: argparse.Namespace, number: int) -> dict[str, Any]
     chosen = {name: value for name, value in chosen.items() if value is not None}
     do_sample = options.sample or bool(chosen)
     generator = torch.Generator().manual_seed(options.seed + number)
-    return {**chosen, "do_sample": do_sample, "generator": generator, "repetition_penalty": options.repetition_penalty}
+    more = {"repetition_penalty": options.repetition_penalty, "compile": options.compile}
+    return {**chosen, "do_sample": do_sample, "generator": generator, **more}
 
 
 def positive(text: str) -> int:
