@@ -1,4 +1,4 @@
-"""The study of recipes: the same model, data, tokens and evaluation, trained in seven ways.
+"""The study of recipes: the same model, data, tokens and evaluation, trained in six ways.
 
 Each run is `anyorder adapt` in a folder of its own under --work, and is resumed if it was cut; when it is complete, its
 curves and its measurements go into --results as small files, from which the page and the plot are made. So the study
@@ -46,10 +46,6 @@ class Way:
 WAYS = {
     "autoregressive": Way(
         "plain AR fine-tuning (control)", ("--adapter", "none", "--curriculum", str(STUDY / "autoregressive.yaml"))
-    ),
-    "autoregressive_lora": Way(
-        "plain AR LoRA, rank 64 (control)",
-        ("--adapter", "lora", "--rank", "64", "--curriculum", str(STUDY / "autoregressive.yaml")),
     ),
     "paper": Way("paper recipe, all weights", ("--adapter", "none", "--recipe", "paper", "--curriculum", "paper")),
     "skip_stages": Way(
