@@ -1,8 +1,8 @@
 """Where the time of a decoding step goes, by kind of work, for each decoder: what bounds tokens a second.
 
 Runs a decoder under torch.profiler, sorts the operators' own time by their shapes (matrix products with the adapter's
-rank, with the vocabulary, others; attention; the rest), and sets it against the wall time
-without the profiler. What no operator accounts for is Python and dispatch. Hugging Face `generate` stands beside it.
+rank, with the vocabulary, others; attention; the rest), and sets it against the wall time without
+the profiler. What no operator accounts for is Python and dispatch. Hugging Face `generate` stands beside it.
 
 Compiled steps are one call of generated code and one for the head: each is timed as a whole, and the rest is the eager
 forward over the prompt, the choice of tokens and Python.

@@ -41,7 +41,7 @@ _WRITERS = ("torch", "transformers", "peft", "torchao")
 
 
 class Packages:
-    """The compiled functions of a model as it is now, on disk and in memory.
+    """The compiled functions of a model as it is now, on disk.
 
     Args:
         model: on the CPU; a folder of its own is found by all that its functions depend on.
