@@ -134,6 +134,7 @@ def test_what_was_read_longest_ago_makes_room(model, cache, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "code.pt2").write_bytes(b"0" * 1000)
         aot.os.utime(folder, (age, age))
+    (cache / "compiled" / "old" / "renamed meanwhile").symlink_to("nowhere")
     newest = cache / "compiled" / "newest"
     newest.mkdir()
     (newest / "code.pt2").write_bytes(b"0" * 5000)

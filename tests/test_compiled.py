@@ -24,8 +24,8 @@ T = 14
 IDS = torch.randint(3, VOCABULARY, (2, T), generator=generator(0))
 
 
-def gated(architecture: str) -> AnyOrderForCausalLM:
-    model = AnyOrderForCausalLM.from_causal_lm(base_model(architecture), adapter=Adapter("gated", rank=4))
+def gated(architecture: str, **sizes: int) -> AnyOrderForCausalLM:
+    model = AnyOrderForCausalLM.from_causal_lm(base_model(architecture, **sizes), adapter=Adapter("gated", rank=4))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -81,14 +81,14 @@ def test_compiled_equals_eager(architecture, recipe, policy):
 
 def test_compiled_steps_are_of_their_own_model_and_its_adapters():
     """Most guards are dropped: neither another model of the same shapes nor adapters turned off may go unnoticed."""
-    first = gated("llama")
+    first = gated("llama", num_hidden_layers=1)
     second = copy.deepcopy(first)
     for parameter in second.parameters():
         parameter.data.mul_(1.5)
-    order = Factorization.left_to_right(T, 3, given=4)
+    order = Factorization.left_to_right(T, 5, given=4)  # one shape of a step: compiling takes seconds
 
     def log_probs(model, **options):
-        return run(model, IDS[:1], order, policy=policies.groupwise(3), forced_ids=IDS[:1], **options).log_probs
+        return run(model, IDS[:1], order, policy=policies.groupwise(5), forced_ids=IDS[:1], **options).log_probs
 
     for model in (first, second):
         torch.testing.assert_close(log_probs(model, compile=True), log_probs(model), atol=1e-5, rtol=0)

@@ -19,7 +19,7 @@ import platform
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -169,13 +169,21 @@ def _processor() -> str:
 
 def _make_room(newest: Path) -> None:
     """Delete the folders read longest ago until the rest holds no more than `MOST_BYTES`."""
-    sizes = {
-        folder: sum(file.stat().st_size for file in folder.iterdir())
-        for folder in newest.parent.iterdir()
-        if folder.is_dir()
-    }
-    for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
-        if folder != newest and sum(sizes.values()) > MOST_BYTES:
+    folders = {folder: _age_and_size(folder) for folder in newest.parent.iterdir() if folder.is_dir()}
+    total = sum(size for _, size in folders.values())
+    for folder, (_, size) in sorted(folders.items(), key=lambda item: item[1][0]):
+        if folder != newest and total > MOST_BYTES:
             logger.info("deleting the compiled code in %s to make room", folder)
             shutil.rmtree(folder, ignore_errors=True)
-            del sizes[folder]
+            total -= size
+
+
+def _age_and_size(folder: Path) -> tuple[float, int]:
+    """When it was last read from, and its bytes; what another process deletes or renames meanwhile counts nothing."""
+    read, size = 0.0, 0
+    with suppress(FileNotFoundError):
+        read = folder.stat().st_mtime
+        for file in folder.iterdir():
+            with suppress(FileNotFoundError):
+                size += file.stat().st_size
+    return read, size
