@@ -1,10 +1,10 @@
 """Fit the length prior of `length="auto"` on texts whose lengths are known.
 
-Half of the blanks are a sentence of a story, half are 1 to 8 words of one. Each is filled at every length of `auto` and
-scored; the four weights are those under which the true lengths are likeliest. Writes them with what they were fitted
-on.
+Half of the blanks are a sentence of a story, half are 1 to 8 words of one. For each the model is asked about every
+length of `auto`; the weights are those under which the true lengths are likeliest. Writes them with what they were
+fitted on.
 
-    python benchmarks/length_prior.py --stories rocstories_valid.jsonl.gz --skip 2000 --limit 160 \\
+    python benchmarks/length_prior.py --stories rocstories_valid.jsonl.gz --skip 2000 --limit 600 \\
         --output src/anyorder/shipped/length_prior.json
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from anyorder import DEFAULT_MODEL, Infiller, load
-from anyorder.lengths import AUTO, LengthPrior, Tries, fit
+from anyorder.lengths import AUTO, LengthPrior, Tries, fit, median
 
 
 class Listener(LengthPrior):
@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--skip", type=int, default=2000, help="stories; default: 2000")
-    parser.add_argument("--limit", type=int, default=160, help="stories after those; default: 160")
+    parser.add_argument("--limit", type=int, default=600, help="stories after those; default: 600")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     options = parser.parse_args()
     model, tokenizer = load(options.model, dtype=getattr(torch, options.dtype))
-    infiller = Infiller(model, tokenizer, length_prior=Listener(1.0, 1.0, 0.0, 0.0))
+    infiller = Infiller(model, tokenizer, length_prior=Listener(1.0, 0.0, 0.0, 0.0, 0.0))
     chooser, cases = random.Random(0), []
     for number, sentences in enumerate(tqdm(read(options.stories)[options.skip :][: options.limit], unit="story")):
         before, blank, after = a_sentence(sentences, chooser) if number % 2 else some_words(sentences, chooser)
@@ -56,7 +56,7 @@ def main() -> None:
             cases.append((Listener.heard[-1], min(range(len(AUTO)), key=lambda k: abs(AUTO[k] - true))))
     prior = fit(cases)
     nats = [-float(prior.probabilities(tries).log()[true]) for tries, true in cases]
-    lengths = [AUTO[int(prior.probabilities(tries).argmax())] - AUTO[true] for tries, true in cases]
+    lengths = [AUTO[median(prior.probabilities(tries))] - AUTO[true] for tries, true in cases]
     report = {
         "weights": {name: round(value, 4) for name, value in dataclasses.asdict(prior).items()},
         "model": options.model,

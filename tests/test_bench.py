@@ -127,6 +127,7 @@ def test_the_command(capsys, checkpoint, tmp_path):
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "out" / "bench.md").read_text()
     assert "same as alone" in page
+    assert page.endswith("in float32 it shows the decoder itself.\n")
     assert f"    {shlex.join(['anyorder', *arguments, '--policies', 'groupwise:size=2'])}\n" in page  # how to repeat it
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from anyorder import Factorization, Infiller, lengths
+from anyorder import Infiller, lengths
 from anyorder.constraints import Choice, Pattern
 from anyorder.lengths import LengthPrior, Tries, candidates
+from anyorder.scoring import conditional_log_likelihood
 from anyorder.template import Template
 from architectures import converted
 
-PRIOR = LengthPrior(left_to_right=1.0, fill=0.9, length=0.3, log_length=-0.2)
+PRIOR = LengthPrior(behind=0.9, length=-0.3, log_length=1.2, opening_length=0.1, opening_log_length=0.4)
 TEXT = "a dog ___ the cat and ___ home."
 
 
@@ -47,18 +49,20 @@ def test_lengths_of_blanks():
         candidates((4, 2), 1)
 
 
-def test_the_score_of_a_draw_is_its_importance_weight():
-    tries = Tries(torch.tensor([1, 2]), torch.tensor([-5.0, -7.0]), torch.tensor([-1.0, -4.0]))
-    found = LengthPrior(1, 1, 0, 0).probabilities(tries)
-    assert torch.allclose(found, torch.tensor([-4.0, -3.0], dtype=torch.float64).softmax(dim=0))
+@pytest.mark.parametrize("opens", [False, True])
+def test_the_score_is_evidence_and_prior(opens):
+    tries = Tries(torch.tensor([1, 3]), torch.tensor([-5.0, -4.0]), opens)
+    found = LengthPrior(2.0, -0.5, 0.3, 0.1, 0.2).probabilities(tries)
+    length, log_length = (-0.4, 0.5) if opens else (-0.5, 0.3)
+    expected = torch.tensor([-10.0 + length, -8.0 + 3 * length + log_length * math.log(3)], dtype=torch.float64)
+    assert found.tolist() == pytest.approx(expected.softmax(dim=0).tolist())
 
 
 def test_fitting_recovers_the_weights_that_lengths_were_drawn_with():
-    source, true = seeded(), LengthPrior(0.8, 0.6, -0.3, 1.2)
+    source, true = seeded(), LengthPrior(0.8, -0.3, 1.2, 0.2, -0.7)
     cases = []
-    for _ in range(3000):
-        n = torch.arange(1, 9)
-        tries = Tries(n, -3 * torch.rand(8, generator=source) * n, -2 * torch.rand(8, generator=source) * n)
+    for case in range(3000):
+        tries = Tries(torch.arange(1, 9), -6 * torch.rand(8, generator=source), opens=case % 2 == 0)
         index = int(torch.multinomial(true.probabilities(tries), 1, generator=source))
         cases.append((tries, index))
     found = lengths.fit(cases, penalty=0)
@@ -68,33 +72,67 @@ def test_fitting_recovers_the_weights_that_lengths_were_drawn_with():
         lengths.fit([])
 
 
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=20))
+def test_the_median_is_off_by_the_fewest_tokens(weights):
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    tokens = torch.arange(len(weights))
+    off = [float((shares * (tokens - n).abs()).sum()) for n in range(len(weights))]
+    assert off[lengths.median(shares)] == pytest.approx(min(off))
+
+
 @pytest.mark.parametrize("sample", [False, True])
 def test_the_result_is_that_of_the_lengths_it_names(infiller, sample):
     source, again = seeded(1), seeded(1)
     found = infiller(TEXT, length=[(2, 5), "auto"], generator=source, do_sample=sample)
-    own = [max(span.lengths, key=span.lengths.get) for span in found.spans]
+    own = [list(span.lengths)[lengths.median(torch.tensor(list(span.lengths.values())))] for span in found.spans]
     fixed = infiller(TEXT, length=own, generator=again, do_sample=sample)
     assert found.text == fixed.text
     assert found.log_prob == pytest.approx(fixed.log_prob, abs=1e-4)
     assert [span.tokens for span in found.spans] == own
-    assert torch.equal(source.get_state(), again.get_state()), "the search drew more than the result"
+    assert torch.equal(source.get_state(), again.get_state()), "seeking lengths drew something"
+    assert found.forwards == fixed.forwards + 2
     for span, tried in zip(found.spans, [range(2, 6), lengths.AUTO], strict=True):
         assert list(span.lengths) == list(tried)
         assert sum(span.lengths.values()) == pytest.approx(1)
 
 
+def evidence(infiller: Infiller, before: str, gap: int, behind: str) -> float:
+    """log p of the first token of a text so many tokens behind another, by itself."""
+    start = [infiller.start_token_id, *infiller.pieces.encode(before, at_start=True)]
+    ids = torch.tensor([[*start, *[0] * gap, infiller.pieces.encode(behind)[0]]])
+    return float(conditional_log_likelihood(infiller.model, ids, [len(start) + gap], range(len(start))))
+
+
 def test_probabilities_of_lengths_are_those_of_every_length_alone(infiller):
-    """The slow twin: each length filled by itself, and the whole text scored from left to right."""
-    text = "a dog ___ the cat."
-    found = infiller(text, length=(1, 6)).spans[0].lengths
-    scores = []
-    for n in range(1, 7):
-        (filled,) = infiller._fill([Template.parse(text)], [[n]])  # its bytes need not be text that can be read back
-        order = Factorization.left_to_right(len(filled.ids), given=1 + len("a dog"))
-        given = infiller.model.log_likelihood(torch.tensor([filled.ids]), order)
-        scores.append(float(given.sum()) - 0.9 * filled.infill.log_prob + 0.3 * n - 0.2 * float(torch.tensor(n).log()))
-    expected = torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
-    assert list(found.values()) == pytest.approx(expected.tolist(), abs=1e-4)
+    """The slow twin, once with a text long enough to be encoded once for all."""
+    for before in ("a dog", "Once there was a dog who chased"):
+        found = infiller(f"{before} ___ the cat.", length=(1, 6)).spans[0].lengths
+        behind = torch.tensor([evidence(infiller, before, n, " the cat.") for n in range(1, 7)])
+        expected = PRIOR.probabilities(Tries(torch.arange(1, 7), behind, opens=False))
+        assert list(found.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_another_blank_is_neither_read_nor_evidence(infiller):
+    found = infiller("a ___ cat ___", length=[(2, 3), (1, 4)]).spans[1].lengths  # nothing stands behind the second
+    prior = PRIOR.probabilities(Tries(torch.arange(1, 5), torch.zeros(4), opens=False))
+    assert list(found.values()) == pytest.approx(prior.tolist())
+    beside = infiller("ab______cat", length=[(2, 3), 3]).spans[0].lengths  # what stands behind both
+    behind = torch.tensor([evidence(infiller, "ab", n + 3, "cat") for n in (2, 3)])
+    expected = PRIOR.probabilities(Tries(torch.tensor([2, 3]), behind, opens=False))
+    assert list(beside.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "opens"),
+    [("___ she said.", True), ("It was.  ___", True), ('He: "No!" ___ x', True), ("多い。___", True),
+     ("an ___ x", False), ("Mr, ___", False), ("___ ___", True)],
+)  # fmt: skip
+def test_where_a_sentence_begins(infiller, text, opens):
+    template = Template.parse(text)
+    tries = infiller._tries(template, [3] * template.blanks, 0, (1, 2))
+    assert tries.opens is opens
+    if template.blanks == 2:
+        assert not infiller._tries(template, [3, 3], 1, (1, 2)).opens
 
 
 def test_texts_of_known_and_unknown_lengths_are_each_as_alone(infiller):
@@ -133,4 +171,4 @@ def test_a_prior_that_is_none_is_one_error(tmp_path):
     file.write_text(json.dumps({"weights": {"length": 1}}))
     with pytest.raises(ValueError, match=r"prior\.json is no length prior: .*log_length"):
         LengthPrior.load(file)
-    assert LengthPrior.load().left_to_right > 0
+    assert LengthPrior.load().behind > 0

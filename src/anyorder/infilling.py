@@ -3,9 +3,8 @@
 A blank is a set of positions, never a token id (`blanks`). The fixed pieces come back byte for byte: the result is
 glued from the original strings and the decoded blanks.
 
-A blank that is a choice of strings is decided before the others are filled (`choices`). A blank of unknown length is
-filled at every length that is tried, in one batch, and the likeliest is kept (`lengths`); several such blanks are
-settled from left to right.
+A blank that is a choice of strings is decided before the others are filled (`choices`). So is the length of a blank of
+unknown length, by one forward over all that are tried (`lengths`); several such blanks are settled from left to right.
 
 This module knows text and tokenizers; how tokens are predicted is `decoding`'s business.
 """
@@ -26,7 +25,7 @@ from anyorder.choices import Decision, decide
 from anyorder.constraints import Automata, Choice, Constraint, Slot, Slots
 from anyorder.decoding import Watcher
 from anyorder.factorization import Factorization
-from anyorder.lengths import DEFAULT, LengthPrior, Tries, candidates, provisional
+from anyorder.lengths import DEFAULT, LengthPrior, Tries, candidates, median, provisional
 from anyorder.options import check_options
 from anyorder.pieces import Pieces
 from anyorder.policies import Policy
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
 
 _PASSED_ON = ("do_sample", *DRAWING, "repetition_penalty", "compile")
+_FULL_STOPS = (".", "!", "?", "…", "。", "！", "？")
+_CLOSING = "\"'”’»)]"
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,6 @@ class Infill:
     log_prob: float
     """log p of all blanks given the fixed text, in nats, under the model itself (before temperature and bans)."""
     forwards: int
-
-
-@dataclass(frozen=True)
-class _Filled:
-    """An infill with its tokens."""
-
-    infill: Infill
-    encoded: Encoded
-    ids: list[int]
 
 
 class Infiller:
@@ -115,8 +107,8 @@ class Infiller:
         Options:
             blank: the marker, default "___".
             length: tokens of a blank: a number, a range (lo, hi) or "auto", for all or in a list with one for each.
-                Default 8. Where it is not a number, each length is tried (see `lengths`): the blanks of one text at all
-                its lengths in one batch, one such blank after the other.
+                Default 8. Where it is not a number, the model says how likely each is (see `lengths`), and the middle
+                of that distribution is taken.
             constraints: `constraints.Choice`, `Pattern` or `JsonSchema`: one for all blanks, or a list with one or None
                 for each. Choices have lengths of their own and are decided first, from left to right.
             blank_order: numbers of blanks, from 0, in the order in which they are filled; blanks that it leaves out
@@ -145,63 +137,51 @@ class Infiller:
         blank, length = options.pop("blank", "___"), options.pop("length", DEFAULT)
         templates = [Template.parse(text, blank) for text in texts]
         tried = [candidates(length, template.blanks) for template in templates]
-        if all(len(one) == 1 for row in tried for one in row):
-            filled = self._fill(templates, [[n for (n,) in row] for row in tried], **options)
-        else:
-            generator = options.pop("generator", None)
-            sources = [None] * len(texts) if generator is None else row_generators(generator, len(texts))
-            rows = zip(templates, tried, sources, strict=True)
-            filled = [self._search(*row, **options) for row in rows]
-        infills = [one.infill for one in filled]
+        sought = [self._seek(*row, options) for row in zip(templates, tried, strict=True)]
+        filled = self._fill(templates, [lengths for lengths, _ in sought], **options)
+        infills = [_with_lengths(one, found) for one, (_, found) in zip(filled, sought, strict=True)]
         return infills[0] if isinstance(text, str) else infills
 
     # ------------------------------------------------------------------ unknown lengths
 
-    def _search(
-        self,
-        template: Template,
-        tried: list[tuple[int, ...]],
-        generator: torch.Generator | None,
-        watch: Watcher | None = None,
-        **options: Any,
-    ) -> _Filled:
-        """The text filled at its likeliest lengths; what its generator draws is the same at every length."""
+    def _seek(
+        self, template: Template, tried: list[tuple[int, ...]], options: dict[str, Any]
+    ) -> tuple[list[int], dict[int, dict[int, float]]]:
+        """A length for each blank, and of those that were sought the probability of every length tried."""
         constraints = _for_each_blank(options.get("constraints"), template.blanks)
         suppressed = tuple(options.get("suppress_tokens", ()))
         lengths = [provisional(one) for one in tried]
         found: dict[int, dict[int, float]] = {}
-        forwards = 0
-
-        def fill(rows: list[list[int]], watch: Watcher | None = None) -> tuple[list[_Filled], list[torch.Generator]]:
-            copies = [] if generator is None else [generator.clone_state() for _ in rows]
-            return self._fill([template] * len(rows), rows, generator=copies or None, watch=watch, **options), copies
-
-        filled: list[_Filled] = []
-        copies: list[torch.Generator] = []
-        best = 0
         for k, one in enumerate(tried):
             if len(one) > 1 and not isinstance(constraints[k], Choice):
                 one = self._possible(template, lengths, k, one, constraints[k], suppressed)
-                filled, copies = fill([[*lengths[:k], n, *lengths[k + 1 :]] for n in one])
-                shares = self.length_prior.probabilities(self._tries(filled, k, one))
-                best = int(shares.argmax())
-                lengths[k], found[k] = one[best], dict(zip(one, shares.tolist(), strict=True))
-                forwards += filled[0].infill.forwards + 1
-        if not filled or watch is not None:
-            (filled, copies), best = fill([lengths], watch), 0
-            forwards += filled[0].infill.forwards
-        if generator is not None:
-            generator.set_state(copies[best].get_state())
-        infill = filled[best].infill
-        spans = tuple(replace(span, lengths=found.get(k)) for k, span in enumerate(infill.spans))
-        return replace(filled[best], infill=replace(infill, spans=spans, forwards=forwards))
+                shares = self.length_prior.probabilities(self._tries(template, lengths, k, one))
+                lengths[k], found[k] = one[median(shares)], dict(zip(one, shares.tolist(), strict=True))
+        return lengths, found
 
-    def _tries(self, filled: Sequence[_Filled], k: int, lengths: Sequence[int]) -> Tries:
-        """What a blank came to at each length."""
-        start = filled[0].encoded.columns(k)[0]
-        order = Factorization.stack([Factorization.left_to_right(len(one.ids), given=start) for one in filled])
-        left_to_right = self.model.log_likelihood(pad([one.ids for one in filled], 0), order).double().sum(dim=1)
-        return Tries(torch.tensor(lengths), left_to_right.cpu(), torch.tensor([one.infill.log_prob for one in filled]))
+    def _tries(self, template: Template, lengths: list[int], k: int, tried: Sequence[int]) -> Tries:
+        """What speaks for each length of blank k, the other blanks having the lengths given."""
+        ids, orders = [], []
+        for n in tried:
+            encoded = self._blanks.encode(template, [*lengths[:k], n, *lengths[k + 1 :]], {})
+            fixed = [column for column, blank in enumerate(encoded.blank) if blank < 0]
+            end = encoded.columns(k)[-1]
+            target = next((column for column in fixed if column > end), None)
+            if target is None or len(tried) == 1:
+                break
+            ids.append(encoded.ids[: target + 1])
+            given = [column for column in fixed if column < target]
+            orders.append(Factorization.conditional([target], given, target + 1))
+        opens = _opens_a_sentence(template, k)
+        if not ids:
+            return Tries(torch.tensor(tried), torch.zeros(len(tried)), opens)
+        rows, order = pad(ids, 0), Factorization.stack(orders)
+        # Decoding rather than scoring: what all rows begin with is encoded once.
+        output = self.model.generate(
+            rows, factorization=order, forced_ids=rows, eos_token_id=(), return_dict_in_generate=True
+        )
+        assert not isinstance(output, Tensor)
+        return Tries(torch.tensor(tried), output.log_probs.sum(dim=1), opens)
 
     def _possible(
         self,
@@ -237,7 +217,7 @@ class Infiller:
         generator: Generators = None,
         watch: Watcher | None = None,
         **sampling: Any,
-    ) -> list[_Filled]:
+    ) -> list[Infill]:
         wanted = [_for_each_blank(constraints, template.blanks) for template in templates]
         # One set for the order and the draws; without one the order alone must not turn sampling on.
         generators = row_generators(generator, len(templates)) if generator is not None or order == "random" else None
@@ -271,10 +251,7 @@ class Infiller:
         )
         assert not isinstance(output, Tensor)
         done = zip(templates, encoded, decisions, output.sequences, output.log_probs, strict=True)
-        return [
-            _Filled(self._decode(t, e, d, row, scores, output.forwards), e, row[: len(e.ids)].tolist())
-            for t, e, d, row, scores in done
-        ]
+        return [self._decode(*one, output.forwards) for one in done]
 
     # ------------------------------------------------------------------ text -> positions
 
@@ -343,6 +320,17 @@ class Infiller:
             for k, (fill, total, shares, (start, end)) in enumerate(zip(fills, totals, choices, offsets, strict=True))
         )
         return Infill(text, spans, sum(span.log_prob for span in spans), forwards)
+
+
+def _opens_a_sentence(template: Template, k: int) -> bool:
+    """Whether blank k stands where a sentence begins."""
+    before = template.pieces[k].rstrip()
+    return before.rstrip(_CLOSING).endswith(_FULL_STOPS) or (k == 0 and not before)
+
+
+def _with_lengths(infill: Infill, found: dict[int, dict[int, float]]) -> Infill:
+    spans = tuple(replace(span, lengths=found.get(k)) for k, span in enumerate(infill.spans))
+    return replace(infill, spans=spans, forwards=infill.forwards + len(found))
 
 
 def _for_each_blank(

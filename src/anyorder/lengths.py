@@ -1,13 +1,13 @@
-"""How many tokens a blank holds when nobody says: candidates, and how likely each is once it has been filled.
+"""How many tokens a blank holds when nobody says: candidates, and how likely each is.
 
-A blank that was filled with n tokens by a proposal q is scored by
+An any-order model knows a blank's length from what stands behind it: log p(the first known token behind the blank |
+what is known in front of it), asked for n tokens further on, is the evidence for n. Nothing has to be filled for it.
+Together with a prior of lengths a blank of n tokens is scored by
 
-    a log p(fill and what follows it | what stands before it) - b log q(fill | both sides) + c n + d log n
+    a log p + c n + d log n    (where the blank opens a sentence: other c and d)
 
-where p is the model's own left-to-right likelihood. With a = b = 1, c = d = 0 and a fill drawn from q that is an
-importance weight: its mean over fills is the probability of all texts that have n tokens there. One fill is one draw,
-the proposal is no posterior, and people's blanks have lengths of their own: the four weights are fitted on text whose
-lengths are known (a conditional logit; McFadden 1974), by `benchmarks/length_prior.py`.
+The weights are fitted on text whose lengths are known (a conditional logit; McFadden 1974), by
+`benchmarks/length_prior.py`. Where nothing stands behind the blank, the prior alone speaks.
 
 This module knows numbers; no tokens and no model.
 
@@ -69,29 +69,32 @@ def provisional(tried: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Tries:
-    """What one blank came to at each of some lengths; all (C,)."""
+    """What speaks for each of some lengths of one blank."""
 
     lengths: Tensor
-    left_to_right: Tensor
-    """log p of the text from the blank on given the text before it, in nats."""
-    fill: Tensor
-    """log q of the fill given both sides, in nats."""
+    """(C,) int64."""
+    behind: Tensor
+    """(C,) log p of the first known token behind the blank given what is known in front of it, in nats; 0: none is."""
+    opens: bool
+    """Whether the blank stands where a sentence begins."""
 
     @property
     def features(self) -> Tensor:
-        """(C, 4) float64."""
+        """(C, 5) float64."""
         n = self.lengths.double()
-        return torch.stack([self.left_to_right.double(), -self.fill.double(), n, n.log()], dim=1)
+        prior = torch.stack([n, n.log()], dim=1)
+        return torch.cat([self.behind.double()[:, None], prior, prior * self.opens], dim=1)
 
 
 @dataclass(frozen=True)
 class LengthPrior:
-    """The weights a, b, c, d of the score."""
+    """The weights of the score: a, c and d, and what is added to c and d where the blank opens a sentence."""
 
-    left_to_right: float
-    fill: float
+    behind: float
     length: float
     log_length: float
+    opening_length: float
+    opening_log_length: float
 
     def probabilities(self, tries: Tries) -> Tensor:
         """(C,) float64: of the lengths that were tried."""
@@ -103,7 +106,7 @@ class LengthPrior:
         """Weights from a JSON file; default: those of the shipped model.
 
         Raises:
-            ValueError: if the file does not hold the four weights.
+            ValueError: if the file does not hold its weights.
         """
         source = _FITTED if file is None else file
         try:
@@ -111,6 +114,16 @@ class LengthPrior:
         except (ValueError, KeyError, TypeError) as error:
             names = ", ".join(field.name for field in dataclasses.fields(cls))
             raise ValueError(f"{source} is no length prior: it needs 'weights' with {names}") from error
+
+
+def median(shares: Tensor) -> int:
+    """The index of the middle of a distribution over lengths: off by the fewest tokens on average, where the likeliest
+    length would be too short more often than not.
+
+    Args:
+        shares: (C,) probabilities, of lengths in ascending order.
+    """
+    return int((shares.cumsum(dim=0) >= 0.5).nonzero()[0, 0])
 
 
 def fit(cases: Sequence[tuple[Tries, int]], penalty: float = 1e-3) -> LengthPrior:
@@ -125,7 +138,7 @@ def fit(cases: Sequence[tuple[Tries, int]], penalty: float = 1e-3) -> LengthPrio
     """
     if not cases:
         raise ValueError("no cases to fit a length prior on")
-    weights = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    weights = torch.zeros(len(dataclasses.fields(LengthPrior)), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

@@ -11,6 +11,10 @@ from typing import Any
 from anyorder.bench.decoders import COMPILED
 
 Record = dict[str, Any]
+_SAME = (
+    "Same as alone: prompts whose tokens are those of the smallest batch. In 16 bits kernels round by the number of "
+    "rows, and a draw may turn on that; in float32 it shows the decoder itself.\n"
+)
 _QUALITY = {"base_nats_per_token": "base nats a token", "distinct_2": "distinct-2", "rouge_l": "ROUGE-L"}
 
 
@@ -52,6 +56,7 @@ def write(records: Sequence[Record], settings: Record, output: Path) -> list[Pat
         writer.writerows(records)
     others = [f"- {name.replace('_', ' ')}: {value}" for name, value in settings.items() if name != "command"]
     parts = ["# Decoders side by side", f"    {settings['command']}", "\n".join(others), table(records)]
+    parts += [_SAME] * any(record["same_as_alone"] is not None for record in records)
     files[2].write_text("\n\n".join(parts))
     plot(records, files[3])
     return files
