@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
 
 _PASSED_ON = ("do_sample", *DRAWING, "repetition_penalty", "compile")
-_FULL_STOPS = (".", "!", "?", "…", "。", "！", "？")
-_CLOSING = "\"'”’»)]"
 
 
 @dataclass(frozen=True)
@@ -161,20 +159,17 @@ class Infiller:
 
     def _tries(self, template: Template, lengths: list[int], k: int, tried: Sequence[int]) -> Tries:
         """What speaks for each length of blank k, the other blanks having the lengths given."""
-        ids, orders = [], []
-        for n in tried:
-            encoded = self._blanks.encode(template, [*lengths[:k], n, *lengths[k + 1 :]], {})
-            fixed = [column for column, blank in enumerate(encoded.blank) if blank < 0]
-            end = encoded.columns(k)[-1]
-            target = next((column for column in fixed if column > end), None)
-            if target is None or len(tried) == 1:
-                break
-            ids.append(encoded.ids[: target + 1])
-            given = [column for column in fixed if column < target]
-            orders.append(Factorization.conditional([target], given, target + 1))
-        opens = _opens_a_sentence(template, k)
-        if not ids:
+        encoded = self._blanks.encode(template, [*lengths[:k], tried[0], *lengths[k + 1 :]], {})
+        fixed = [column for column, blank in enumerate(encoded.blank) if blank < 0]
+        start = encoded.columns(k)[0]
+        given = [column for column in fixed if column < start]
+        opens = template.opens_a_sentence(k)
+        if len(tried) == 1 or len(given) == len(fixed):
             return Tries(torch.tensor(tried), torch.zeros(len(tried)), opens)
+        behind = fixed[len(given)]
+        targets = [behind + n - tried[0] for n in tried]
+        ids = [[*encoded.ids[:start], *[0] * (target - start), encoded.ids[behind]] for target in targets]
+        orders = [Factorization.conditional([target], given, target + 1) for target in targets]
         rows, order = pad(ids, 0), Factorization.stack(orders)
         # Decoding rather than scoring: what all rows begin with is encoded once.
         output = self.model.generate(
@@ -320,12 +315,6 @@ class Infiller:
             for k, (fill, total, shares, (start, end)) in enumerate(zip(fills, totals, choices, offsets, strict=True))
         )
         return Infill(text, spans, sum(span.log_prob for span in spans), forwards)
-
-
-def _opens_a_sentence(template: Template, k: int) -> bool:
-    """Whether blank k stands where a sentence begins."""
-    before = template.pieces[k].rstrip()
-    return before.rstrip(_CLOSING).endswith(_FULL_STOPS) or (k == 0 and not before)
 
 
 def _with_lengths(infill: Infill, found: dict[int, dict[int, float]]) -> Infill:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_FULL_STOPS = (".", "!", "?", "…", "。", "！", "？")
+_CLOSING = "\"'”’»)]"
+
 
 @dataclass(frozen=True)
 class Template:
@@ -31,6 +34,11 @@ class Template:
     @property
     def blanks(self) -> int:
         return len(self.pieces) - 1
+
+    def opens_a_sentence(self, k: int) -> bool:
+        """Whether blank k stands where a sentence begins."""
+        before = self.pieces[k].rstrip()
+        return before.rstrip(_CLOSING).endswith(_FULL_STOPS) or (k == 0 and not before)
 
     def fill(self, fills: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and the (start, end) character offsets of each fill in it."""

@@ -21,7 +21,7 @@ _QUALITY = {"base_nats_per_token": "base nats a token", "distinct_2": "distinct-
 def table(records: Sequence[Record]) -> str:
     """Markdown, one line a decoder and batch size."""
     quality = [name for name in _QUALITY if name in records[0]]
-    several = any(record["same_as_alone"] is not None for record in records)
+    several = _several_batches(records)
     compiled = any(record["decoder"].endswith(COMPILED) for record in records)
     head = ["decoder", "batch", "tokens/s (min .. max)", "ratio (min .. max)", "forwards a token", "ms a forward"]
     head += [_QUALITY[name] for name in quality] + ["same as alone"] * several + ["warm-up, s"] * compiled
@@ -41,6 +41,10 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def _several_batches(records: Sequence[Record]) -> bool:
+    return any(record["same_as_alone"] is not None for record in records)
+
+
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
@@ -56,7 +60,7 @@ def write(records: Sequence[Record], settings: Record, output: Path) -> list[Pat
         writer.writerows(records)
     others = [f"- {name.replace('_', ' ')}: {value}" for name, value in settings.items() if name != "command"]
     parts = ["# Decoders side by side", f"    {settings['command']}", "\n".join(others), table(records)]
-    parts += [_SAME] * any(record["same_as_alone"] is not None for record in records)
+    parts += [_SAME] * _several_batches(records)
     files[2].write_text("\n\n".join(parts))
     plot(records, files[3])
     return files
