@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from anyorder import load
-from anyorder.pieces import Pieces
+from anyorder.infill.pieces import Pieces
 
 SHARES = (4, 2, 1)
 """The draws, divided by each, give an estimate: how fast these fall says how far the last one is from the truth."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, load
-from anyorder.pieces import Pieces
+from anyorder.infill.pieces import Pieces
 
 BLANK = 2  # the third sentence
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from anyorder import DEFAULT_MODEL, Infiller, load
-from anyorder.lengths import AUTO, LengthPrior, Tries, fit, median
+from anyorder.infill.lengths import AUTO, LengthPrior, Tries, fit, median
 
 
 class Listener(LengthPrior):

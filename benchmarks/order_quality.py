@@ -19,7 +19,7 @@ import torch
 from infill_loss import BLANK, read
 
 from anyorder import AnyOrderForCausalLM, Factorization, load, policies
-from anyorder.pieces import Pieces
+from anyorder.infill.pieces import Pieces
 
 ORDERS = ("left_to_right", "random", "dynamic, confidence", "dynamic, entropy", "dynamic, margin")
 SPACED = ("dynamic, entropy, spacing=2", "dynamic, entropy, spacing=3", "dynamic, random, spacing=3")

@@ -26,8 +26,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from anyorder import DEFAULT_MODEL, AnyOrderForCausalLM, load, policies
-from anyorder.compiled import compiled_forward
-from anyorder.sources import load_causal_lm
+from anyorder.hub.pretrained import load_causal_lm
+from anyorder.runtime.compiled import compiled_runner
 
 KINDS = ("base linears", "adapter linears", "head", "attention", "other operators")
 COMPILED = ("compiled rows", "compiled head")
@@ -110,7 +110,7 @@ def _ours(
 
 def _timed(model: AnyOrderForCausalLM) -> dict[str, list[float]]:
     """Seconds of every call of compiled code from here on, by kind."""
-    forward = compiled_forward(model)
+    forward = compiled_runner(model)
     parts: dict[str, list[float]] = {kind: [] for kind in COMPILED}
 
     def timed(function: Callable[..., torch.Tensor], spent: list[float]) -> Callable[..., torch.Tensor]:

@@ -27,7 +27,7 @@ import infill_loss
 import torch
 
 from anyorder import load
-from anyorder.pieces import Pieces
+from anyorder.infill.pieces import Pieces
 from anyorder.training.heldout import REGIMES
 
 HERE = Path(__file__).parent.parent

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from anyorder import Factorization, load
-from anyorder.adapters import Adapter
+from anyorder.model.adapters import Adapter
 from anyorder.training.curriculum import BUILT_IN, Curriculum, Document, RandomGroups, Stage
 from anyorder.training.data import Sequences, collate
 from anyorder.training.texts import TokenDocument

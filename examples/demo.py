@@ -10,8 +10,8 @@ import time
 import torch
 
 from anyorder import Factorization, Infiller, load
-from anyorder.pieces import Pieces
-from anyorder.support import left_to_right_difference
+from anyorder.infill.pieces import Pieces
+from anyorder.model.conversion import left_to_right_difference
 
 SENTENCE = "The old lighthouse keeper climbed the stairs to light the lamp."
 TEXTS = (

@@ -10,6 +10,7 @@ import transformers as tr
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from anyorder import AnyOrderForCausalLM
+from anyorder.model.adapters import Adapter
 
 VOCABULARY = 37
 WINDOW = 4
@@ -99,3 +100,13 @@ def converted(
     torch.manual_seed(1)
     model.query_embedding.data.normal_(std=0.5)
     return model
+
+
+def gated(architecture: str, **sizes: int) -> AnyOrderForCausalLM:
+    """A fresh converted model with a gated adapter of random weights."""
+    model = AnyOrderForCausalLM.from_causal_lm(base_model(architecture, **sizes), adapter=Adapter("gated", rank=4))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()

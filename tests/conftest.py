@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def code_cache(_session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Compiled code goes here and not into the user's cache."""
-    monkeypatch.setattr("anyorder.aot.cache_directory", lambda: _session_cache)
+    monkeypatch.setattr("anyorder.runtime.packages.cache_directory", lambda: _session_cache)
     return _session_cache
 
 
@@ -59,3 +60,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrai
     base_model("llama", vocabulary=len(byte_tokenizer)).save_pretrained(directory)
     byte_tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def stories(tmp_path):
+    file = tmp_path / "stories.jsonl"
+    words = ("a b", "ab c", "b b a", "c ab a")
+    texts = [". ".join(words[(i + k) % 4] for k in range(4)) + "." for i in range(12)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from anyorder import AnyOrderForCausalLM, Factorization, head
-from anyorder.adapters import WEIGHTS_FILE, Adapter
-from anyorder.checkpoint import QUERY_FILE, read_weights
+from anyorder import AnyOrderForCausalLM, Factorization
+from anyorder.hub.checkpoint import QUERY_FILE, read_weights
+from anyorder.model import lm_head as head
+from anyorder.model.adapters import WEIGHTS_FILE, Adapter
 from anyorder.training.curriculum import BUILT_IN
 from anyorder.training.data import Sequences, collate
 from anyorder.training.heldout import HeldOut

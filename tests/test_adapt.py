@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
 import pytest
@@ -12,31 +11,7 @@ pytest.importorskip("datasets", reason="training needs the train extra")
 
 from anyorder.training.heldout import REGIMES, HeldOut
 from anyorder.training.texts import tokenize
-
-
-@pytest.fixture
-def stories(tmp_path):
-    file = tmp_path / "stories.jsonl"
-    words = ("a b", "ab c", "b b a", "c ab a")
-    texts = [". ".join(words[(i + k) % 4] for k in range(4)) + "." for i in range(12)]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return file
-
-
-def adapt(checkpoint, stories, output, *more):
-    from anyorder.cli import main
-
-    return main([
-        "adapt", str(checkpoint), str(output), "--train-file", str(stories), "--tokens", str(30 * 2 * 32),
-        "--length", "32", "--document-length", "32", "--batch-size", "2", "--rank", "4", "--learning-rate", "1e-2",
-        "--log-every", "1", "--save-every", "10", "--dtype", "float32", "--warmup-steps", "2", *map(str, more),
-    ])  # fmt: skip
-
-
-def curve(output, column="loss"):
-    with (output / "curves.csv").open() as file:
-        return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
-
+from training_runs import adapt, curve
 
 GOLDEN = [5.4387, 4.9066, 4.0666]  # first, sixth, thirtieth step
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from anyorder import AnyOrderForCausalLM, Factorization, load, policies
-from anyorder.adapters import Adapter
+from anyorder.model.adapters import Adapter
 from architectures import ARCHITECTURES, VOCABULARY, base_model
 
 pytest.importorskip("peft", reason="adapters need the train extra")
@@ -231,8 +231,8 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
 
 
 def test_the_base_that_the_built_in_name_means_elsewhere_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("anyorder.sources._packaged_file", lambda package, file: None)
-    monkeypatch.setattr("anyorder.sources.load_causal_lm", lambda name, **kwargs: base_model("llama", seed=5))
+    monkeypatch.setattr("anyorder.hub.resolve.packaged_file", lambda package, file: None)
+    monkeypatch.setattr("anyorder.hub.checkpoint.load_causal_lm", lambda name, **kwargs: base_model("llama", seed=5))
     model = adapted()
     model.config.base["name"] = "smollm2-135m"
     model.save_pretrained(tmp_path)

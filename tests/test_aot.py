@@ -9,10 +9,9 @@ import pytest
 import torch
 import torch._inductor
 
-from anyorder import aot
-from anyorder.head import head_of
-from architectures import converted
-from test_compiled import gated
+from anyorder.model.lm_head import head_of
+from anyorder.runtime import packages as aot
+from architectures import converted, gated
 
 # Inductor's own imports warn of what PyTorch deprecates.
 pytestmark = [
@@ -59,7 +58,7 @@ def test_code_is_compiled_once_and_again_when_it_is_damaged(model, cache, monkey
     assert torch.equal(again, compiled)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with caplog.at_level(logging.WARNING, "anyorder.aot"):
+    with caplog.at_level(logging.WARNING, "anyorder.runtime.packages"):
         again, _ = head(model)
     assert "head-2.pt2 is damaged: it is compiled anew" in caplog.text
     assert torch.equal(again, compiled)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from anyorder import AnyOrderForCausalLM, Factorization, attention
-from anyorder.reference import reference_logits
+from anyorder import AnyOrderForCausalLM, Factorization
+from anyorder.model import attention
+from anyorder.model.reference import reference_logits
 from architectures import ARCHITECTURES, RECIPES, VOCABULARY, WINDOWED, base_model, converted
 from factorizations import groups_of, of_every_constructor, rows
 
@@ -54,7 +55,7 @@ def test_blocks_of_rows_equal_one_mask(architecture, recipe, monkeypatch):
 
 
 def test_rows_that_read_everything_need_no_mask():
-    from anyorder.layout import lay_out
+    from anyorder.core.layout import lay_out
 
     layout = lay_out(IDS, Factorization.from_groups([list(range(T - 1)), [T - 1]]), "paper")
     reads = attention.Reads(layout.rows, layout.key_positions, torch.device("cpu"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anyorder import AnyOrderForCausalLM
-from anyorder.adapters import Adapter
+from anyorder.model.adapters import Adapter
 from architectures import base_model
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "average_adapters.py"

@@ -14,7 +14,7 @@ from anyorder.bench import quality, report
 from anyorder.bench.decoders import AnyOrder, Foreign, HuggingFace
 from anyorder.bench.measure import Measured, measure
 from anyorder.cli import main
-from anyorder.policies import parse
+from anyorder.decoding.policies import parse
 from architectures import converted
 
 PROMPTS = torch.randint(3, 30, (5, 6), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ pytest.importorskip("datasets", reason="training needs the train extra")
 
 from anyorder.training import checkpoints
 from anyorder.training.trainer import AnyOrderTrainer
-from test_adapt import adapt, curve, stories  # noqa: F401
+from training_runs import adapt, curve
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -21,7 +21,7 @@ MORE = ("--training", "save_total_limit=3")
 
 
 @pytest.fixture
-def cut_run(checkpoint, stories, tmp_path):  # noqa: F811
+def cut_run(checkpoint, stories, tmp_path):
     """A run of 30 steps that was killed after its checkpoints at steps 10 and 20."""
     output = tmp_path / "run"
     assert adapt(checkpoint, stories, output, *MORE) == 0
@@ -35,7 +35,7 @@ def error(capsys):
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth"])
-def test_a_damaged_checkpoint_is_named_with_the_way_out(file, cut_run, checkpoint, stories, capsys):  # noqa: F811
+def test_a_damaged_checkpoint_is_named_with_the_way_out(file, cut_run, checkpoint, stories, capsys):
     newest = cut_run / "checkpoints" / "checkpoint-20"
     (newest / file).write_bytes((newest / file).read_bytes()[:100])
     assert adapt(checkpoint, stories, cut_run, *MORE, "--resume") == 2
@@ -47,7 +47,7 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(file, cut_run, checkpoin
     assert len(curve(cut_run)) == 30
 
 
-def test_a_checkpoint_that_was_cut_while_it_was_written_is_passed_over(cut_run, checkpoint, stories, caplog):  # noqa: F811
+def test_a_checkpoint_that_was_cut_while_it_was_written_is_passed_over(cut_run, checkpoint, stories, caplog):
     folder = cut_run / "checkpoints"
     (folder / "checkpoint-20" / "trainer_state.json").write_text('{"global_st')
     assert [path.name for path in checkpoints.complete(folder)] == ["checkpoint-10"]
@@ -55,7 +55,7 @@ def test_a_checkpoint_that_was_cut_while_it_was_written_is_passed_over(cut_run, 
     assert adapt(checkpoint, stories, cut_run, *MORE, "--resume") == 0
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(checkpoint, stories, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(checkpoint, stories, tmp_path, capsys, monkeypatch):
     save, limits = AnyOrderTrainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(self, model, trial):
@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(checkpoint, stori
     assert curve(output) == curve(tmp_path / "whole")
 
 
-def test_the_best_checkpoint_is_kept(checkpoint, stories, tmp_path, monkeypatch):  # noqa: F811
+def test_the_best_checkpoint_is_kept(checkpoint, stories, tmp_path, monkeypatch):
     losses = iter([5.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     monkeypatch.setattr("anyorder.training.heldout.HeldOut.losses", lambda self, model: {"random_1": next(losses)})
     assert adapt(checkpoint, stories, tmp_path / "run", "--eval-file", stories, "--eval-every", 7) == 0

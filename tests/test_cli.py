@@ -13,17 +13,11 @@ import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, Infiller, load
 from anyorder.cli import build_parser, main
-from anyorder.compiled import ON_CPU
-from anyorder.pieces import Pieces
+from anyorder.infill.pieces import Pieces
+from anyorder.runtime.packages import ON_CPU
+from command_line import run
 
 COMMANDS = ("convert", "adapt", "generate", "infill", "score", "bench", "show", "plot")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    errors = "\n".join(line for line in captured.err.splitlines() if "it/s]" not in line and "?it" not in line)
-    return code, captured.out, errors
 
 
 def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:

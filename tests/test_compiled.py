@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies
-from anyorder.adapters import Adapter
-from anyorder.compiled import ON_CPU, compiled_forward, slots_for
-from architectures import VOCABULARY, base_model, converted
-from test_decoding import generator, run
+from anyorder.runtime.compiled import compiled_runner
+from anyorder.runtime.packages import ON_CPU
+from architectures import VOCABULARY, converted, gated
+from decoding_runs import generator, run
 
 # Inductor's own imports warn of what PyTorch deprecates.
 pytestmark = [
@@ -22,15 +22,6 @@ pytestmark = [
 
 T = 14
 IDS = torch.randint(3, VOCABULARY, (2, T), generator=generator(0))
-
-
-def gated(architecture: str, **sizes: int) -> AnyOrderForCausalLM:
-    model = AnyOrderForCausalLM.from_causal_lm(base_model(architecture, **sizes), adapter=Adapter("gated", rank=4))
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def turn_adapters(model: AnyOrderForCausalLM, on: bool) -> None:
@@ -69,13 +60,13 @@ def test_compiled_equals_eager(architecture, recipe, policy):
     assert torch.equal(compiled.sequences, eager.sequences)
     assert torch.equal(compiled.steps, eager.steps)
     torch.testing.assert_close(compiled.log_probs, eager.log_probs, atol=1e-5, rtol=0)
-    shapes = compiled_forward(model).shapes
+    shapes = compiled_runner(model).shapes
     assert shapes
     assert all(shape[3] == 64 for shape in shapes)
     decoded(compile=True)
-    assert compiled_forward(model).shapes == shapes  # compiled once
+    assert compiled_runner(model).shapes == shapes  # compiled once
     model.train()
-    assert compiled_forward(model).shapes == []  # weights may change from here on
+    assert compiled_runner(model).shapes == []  # weights may change from here on
     model.eval()
 
 
@@ -101,7 +92,7 @@ def test_compiled_steps_are_of_their_own_model_and_its_adapters():
 
 
 def test_stores_come_in_few_sizes():
-    assert [slots_for(n) + 1 for n in (1, 63, 64, 200)] == [64, 64, 128, 256]
+    assert [compiled_runner(converted("llama")).capacity(n) + 1 for n in (1, 63, 64, 200)] == [64, 64, 128, 256]
 
 
 def test_a_whole_model_under_torch_compile_runs_eagerly():

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anyorder import Factorization, Infiller, policies
-from anyorder.constraints import Automaton, Choice, JsonSchema, Pattern, Slot, Slots
-from anyorder.infilling import Infill
+from anyorder.decoding.constraints import Automaton, BlankConstraint, BlankConstraints, Choice, JsonSchema, Pattern
+from anyorder.infill.infiller import Infill
 from architectures import converted
-from test_decoding import generator, p_value
+from decoding_runs import generator, p_value
 
 TOKENS = {0: "a", 1: "b", 2: "ab", 3: "1", 4: "12", 5: " ", 6: "é", 7: "2"}
 
@@ -83,9 +83,15 @@ def test_constrained_samples_are_the_renormalised_steps():
         policies.speculative(draft="query", draft_length=1),
         policies.speculative(draft="ngram"),
     ):
-        slots = Slots([Slot(row, (1, 2), automaton) for row in range(N)], torch.Size((N, 5)))
+        blanks = BlankConstraints([BlankConstraint(row, (1, 2), automaton) for row in range(N)], torch.Size((N, 5)))
         drawn = model.generate(
-            ids.repeat(N, 1), batch, policy, slots=slots, generator=generator(1), eos_token_id=(), temperature=1.0
+            ids.repeat(N, 1),
+            batch,
+            policy,
+            blank_constraints=blanks,
+            generator=generator(1),
+            eos_token_id=(),
+            temperature=1.0,
         )
         counts = torch.bincount(drawn[:, 1] * 3 + drawn[:, 2], minlength=9)
         assert drawn[:, 1:3].max() < 3

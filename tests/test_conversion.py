@@ -159,7 +159,7 @@ def test_names_without_a_model(name, message):
 
 
 def test_the_built_in_model_without_its_package_or_the_hub_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("anyorder.sources._packaged_file", lambda package, file: None)
+    monkeypatch.setattr("anyorder.hub.resolve.packaged_file", lambda package, file: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def offline(*args, **kwargs):

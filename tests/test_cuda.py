@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies
-from anyorder.compiled import compiled_forward
-from architectures import RECIPES, VOCABULARY, base_model
-from test_adapt import adapt, curve, stories  # noqa: F401
-from test_compiled import gated
-from test_decoding import generator, run
+from anyorder.runtime.compiled import compiled_runner
+from architectures import RECIPES, VOCABULARY, base_model, gated
+from decoding_runs import generator, run
+from training_runs import adapt, curve
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -77,10 +76,10 @@ def test_compiled_steps_in_cuda_graphs_equal_eager_ones(architecture, policy):
         expected, compiled = decoded(on_cpu, policy, turn), decoded(model, policy, turn, compile=True)
         assert torch.equal(compiled.sequences, expected.sequences)
         torch.testing.assert_close(compiled.log_probs, expected.log_probs, atol=1e-4, rtol=0)
-    assert compiled_forward(model).shapes
+    assert compiled_runner(model).shapes
 
 
-def test_adapt_trains_on_cuda_as_on_the_cpu(byte_tokenizer, stories, tmp_path):  # noqa: F811
+def test_adapt_trains_on_cuda_as_on_the_cpu(byte_tokenizer, stories, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     base_model("llama", vocabulary=len(byte_tokenizer), **HEADS).save_pretrained(checkpoint)
     byte_tokenizer.save_pretrained(checkpoint)

@@ -8,34 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies
-from anyorder.sampling import AllowedTokens
+from anyorder.decoding.sampling import AllowedTokens
 from architectures import ARCHITECTURES, RECIPES, VOCABULARY, base_model, converted
+from decoding_runs import IDS, T, exactly, generator, p_value, run
 from factorizations import of_every_constructor, rows
-
-T = 12
-IDS = torch.randint(3, VOCABULARY, (3, T), generator=torch.Generator().manual_seed(0))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of a chi-square test; outcomes expected fewer than 5 times are pooled."""
-    rare = expected < 5
-    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]).double() for x in (counts, expected))
-    assert (~rare).sum() > 8
-    return float(
-        chisquare(counts[expected > 0].numpy(), (expected / expected.sum() * counts.sum())[expected > 0].numpy()).pvalue
-    )
-
-
-def run(model, ids, order, **options):
-    options = {"eos_token_id": (), "return_dict_in_generate": True} | options
-    return model.generate(ids, factorization=order, **options)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -156,10 +134,10 @@ def test_a_policy_may_commit_fewer_than_it_asks_for():
     """The loop leaves every choice to the policy; cached == parallel holds for any append-only one."""
 
     class MostLikelyFirst(policies.GroupPolicy):
-        def ask(self, factorization, is_open):
+        def candidates(self, factorization, is_open):
             return is_open
 
-        def choose(self, logits, row, column, uniform):
+        def select(self, logits, row, column, uniform):
             best = logits.log_softmax(-1).amax(-1)
             return torch.tensor([bool(best[i] == best[row == row[i]].max()) for i in range(len(row))])
 
@@ -174,16 +152,11 @@ def test_a_policy_may_commit_fewer_than_it_asks_for():
 
 def test_a_policy_must_commit_something():
     class Never(policies.GroupWise):
-        def choose(self, logits, row, column, uniform):
+        def select(self, logits, row, column, uniform):
             return torch.zeros_like(row, dtype=torch.bool)
 
     with pytest.raises(ValueError, match="committed nothing in row 0"):
         run(converted("llama"), IDS[:1], Factorization.left_to_right(T), policy=Never())
-
-
-def exactly(tokens: list[int]) -> AllowedTokens:
-    """Each position may take one token: a draw whose outcome is known."""
-    return AllowedTokens(torch.eye(VOCABULARY, dtype=torch.bool), torch.tensor([tokens]))
 
 
 def test_an_end_drops_what_lies_behind_it_and_the_rest_is_filled():

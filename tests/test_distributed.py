@@ -16,7 +16,7 @@ pytest.importorskip("datasets", reason="training needs the train extra")
 
 import sharded_training
 from anyorder import AnyOrderForCausalLM
-from test_adapt import adapt, curve, stories  # noqa: F401
+from training_runs import adapt, curve
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ def torchrun(*arguments):
 
 
 @pytest.mark.parametrize(("adapter", "more"), [("none", []), ("gated", ["--streaming"])])
-def test_two_processes_under_ddp_give_the_losses_of_one(adapter, more, checkpoint, stories, tmp_path):  # noqa: F811
+def test_two_processes_under_ddp_give_the_losses_of_one(adapter, more, checkpoint, stories, tmp_path):
     own = ["--adapter", adapter, "--learning-rate", "1e-3", *more]
     assert adapt(checkpoint, stories, tmp_path / "one", *own) == 0
     options = [

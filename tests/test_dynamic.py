@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from anyorder import Factorization, policies
 from architectures import RECIPES, converted
+from decoding_runs import IDS, T, generator, p_value, run
 from factorizations import rows
-from test_decoding import IDS, T, generator, p_value, run
 
 CRITERIA = ("confidence", "entropy", "margin", "random")
 
@@ -65,7 +65,7 @@ def test_dynamic_commits_the_surest_positions(criterion):
         return out
 
     def chosen(**options):
-        return policies.dynamic(criterion, **options).choose(logits, row, torch.arange(9), uniform)
+        return policies.dynamic(criterion, **options).select(logits, row, torch.arange(9), uniform)
 
     assert torch.equal(chosen(), expected(lambda place, i, before: False))
     assert torch.equal(chosen(step_size=3), expected(lambda place, i, before: place < 3))
@@ -103,8 +103,8 @@ def test_spaced_positions_are_the_surest_that_stand_apart(spacing, how_many):
     row = torch.tensor([0] * 6 + [1] * 10)
     column = torch.tensor([0, 1, 2, 4, 7, 8, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     uniform = torch.zeros(16, dtype=torch.float64)
-    plain = policies.dynamic("confidence", **how_many).choose(logits, row, column, uniform)
-    spaced = policies.dynamic("confidence", **how_many, spacing=spacing).choose(logits, row, column, uniform)
+    plain = policies.dynamic("confidence", **how_many).select(logits, row, column, uniform)
+    spaced = policies.dynamic("confidence", **how_many, spacing=spacing).select(logits, row, column, uniform)
     sureness = logits.softmax(-1).amax(-1)
     for b in (0, 1):
         members = (row == b).nonzero()[:, 0].tolist()
@@ -144,7 +144,7 @@ def test_cached_equals_uncached_bit_for_bit(architecture, recipe, criterion, how
             so_far = Factorization(torch.where(steps == T, step, steps)[None])
             logits = model(ids[None], so_far).logits[0, column].detach().float()
             uniform = torch.zeros(len(column), dtype=torch.float64)
-            chosen = policy.choose(logits, torch.zeros_like(column), column, uniform)
+            chosen = policy.select(logits, torch.zeros_like(column), column, uniform)
             ids[column[chosen]] = logits[chosen].argmax(-1)
             log_probs[column[chosen]] = logits[chosen].log_softmax(-1).amax(-1)
             steps[column[chosen]] = step
@@ -172,8 +172,8 @@ def test_reencoding_equals_its_slow_twin(architecture, recipe, max_revisions):
                 is_open[log_probs.masked_fill(order.is_given[b, :length], torch.inf).argsort()[:max_revisions]] = True
                 step = first_pass
             while is_open.any():
-                asked = Factorization(torch.where(is_open, 0, -1)[None])
-                logits = model(ids[None], asked).logits[0, is_open]
+                queries = Factorization(torch.where(is_open, 0, -1)[None])
+                logits = model(ids[None], queries).logits[0, is_open]
                 where = is_open.nonzero()[:, 0]
                 entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
                 for i in entropy.argsort()[:2].tolist():

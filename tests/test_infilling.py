@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from anyorder import Infiller, policies
-from anyorder.pieces import Pieces
-from anyorder.template import Template
+from anyorder.infill.pieces import Pieces
+from anyorder.infill.template import Template
 from architectures import converted
 
 any_text = st.text(max_size=30)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from anyorder import AnyOrderForCausalLM, Factorization, compiled, load, policies
-from anyorder.adapters import Adapter
+from anyorder import AnyOrderForCausalLM, Factorization, load, policies
+from anyorder.model.adapters import Adapter
+from anyorder.runtime import compiled, packages
 from architectures import VOCABULARY, base_model
-from test_cli import run as run_command
+from command_line import run as run_command
 
 pytest.importorskip("torchao", reason="needs anyorder[int8]")
 
@@ -57,7 +58,7 @@ def test_in_8_bits_it_is_nearly_the_same_model(directories, kind):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of Inductor's own imports
 @pytest.mark.usefixtures("code_cache")
 def test_compiled_it_is_the_same_model(directories, monkeypatch):
-    monkeypatch.setitem(compiled.ON_CPU, "max_autotune", False)
+    monkeypatch.setitem(packages.ON_CPU, "max_autotune", False)
     model = AnyOrderForCausalLM.from_pretrained(
         directories / "adapted", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
     ).eval()
@@ -66,7 +67,7 @@ def test_compiled_it_is_the_same_model(directories, monkeypatch):
     eager = model.generate(IDS[:1], order, **options)
     fast = model.generate(IDS[:1], order, compile=True, **options)
     torch.testing.assert_close(fast.log_probs, eager.log_probs, atol=1e-5, rtol=0)
-    assert compiled.compiled_forward(model).shapes
+    assert compiled.compiled_runner(model).shapes
 
 
 def test_only_torchao_quantises_under_an_adapter(directories):
@@ -82,7 +83,7 @@ def test_the_command_line_loads_in_8_bits(checkpoint, capsys, monkeypatch):
         seen.append(model)
         return model, tokenizer
 
-    monkeypatch.setattr("anyorder.sources.load", spy)
+    monkeypatch.setattr("anyorder.loading.load", spy)
     code, out, error = run_command(capsys, "infill", "a ___ b", "--model", checkpoint, "--json", "--int8")
     assert code == 0, error
     assert json.loads(out)["text"].startswith("a ")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyorder import Factorization
-from anyorder.layout import describe, lay_out
+from anyorder.core.layout import describe, lay_out
 from factorizations import groups_of, rows
 
 
@@ -27,7 +27,7 @@ def test_every_row_reads_what_the_design_says(recipe, parts, pad):
     layout = lay_out(ids, f, recipe)
     offset, content = 0, {}
     for r in range(layout.rows.content_count):
-        if layout.rows.slots[0, r] < f.length:
+        if layout.rows.ranks[0, r] < f.length:
             content[int(layout.key_columns[0, r])] = r
     for part in parts:
         g = {i: k for k, group in enumerate(groups_of(part)) for i in group}

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from anyorder import Infiller, lengths
-from anyorder.constraints import Choice, Pattern
-from anyorder.lengths import LengthPrior, Tries, candidates
+from anyorder import Infiller
+from anyorder.decoding.constraints import Choice, Pattern
+from anyorder.infill import lengths
+from anyorder.infill.lengths import LengthPrior, Tries, candidates
+from anyorder.infill.template import Template
 from anyorder.scoring import conditional_log_likelihood
-from anyorder.template import Template
 from architectures import converted
 
 PRIOR = LengthPrior(behind=0.9, length=-0.3, log_length=1.2, opening_length=0.1, opening_log_length=0.4)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from anyorder import AnyOrderForCausalLM, Factorization
-from anyorder.adapters import Adapter
+from anyorder.model.adapters import Adapter
 from anyorder.training.curriculum import BUILT_IN, Curriculum, LeftToRight, RandomGroups, Stage
 from architectures import base_model
 

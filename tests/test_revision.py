@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from anyorder import Factorization, policies
-from anyorder.revision import refine, revise
+from anyorder.decoding.revision import refine, revise
 from architectures import ARCHITECTURES, RECIPES, VOCABULARY, converted
-from test_decoding import generator, p_value
+from decoding_runs import generator, p_value
 
 T = 10
 IDS = torch.randint(3, VOCABULARY, (3, T), generator=generator(0))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from anyorder.randomness import uniforms
-from anyorder.sampling import AllowedTokens, Sampler
+from anyorder.core.rng import uniforms
+from anyorder.decoding.sampling import AllowedTokens, Sampler
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]])
 ROW = COLUMN = torch.zeros(1, dtype=torch.int64)

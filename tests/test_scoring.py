@@ -140,7 +140,7 @@ def test_nothing_to_predict_scores_zero():
 
 
 def test_chunks_do_not_change_scores(monkeypatch):
-    from anyorder import head
+    from anyorder.model import lm_head as head
 
     model, f = converted("llama"), Factorization.random(12, 2, generator=torch.Generator().manual_seed(1))
     whole = model.log_likelihood(IDS[:1], f)

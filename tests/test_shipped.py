@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyorder import AnyOrderForCausalLM, Factorization, Infiller, load, sources
-from anyorder.pieces import Pieces
+from anyorder import AnyOrderForCausalLM, Factorization, Infiller, load
+from anyorder.hub import resolve as sources
+from anyorder.infill.pieces import Pieces
 
 NAME = "smollm2-135m-anyorder"
 DIRECTORY = Path(sources.__file__).parent / "shipped" / NAME

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies
-from anyorder.adapters import Adapter
-from anyorder.sampling import AllowedTokens, Sampler
+from anyorder.decoding.sampling import AllowedTokens, Sampler
+from anyorder.model.adapters import Adapter
 from architectures import ARCHITECTURES, RECIPES, VOCABULARY, base_model, converted
+from decoding_runs import IDS, T, exactly, generator, p_value, run
 from factorizations import rows
-from test_decoding import IDS, T, exactly, generator, p_value, run
 
 
 @torch.no_grad()

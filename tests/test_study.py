@@ -13,12 +13,11 @@ import pytest
 pytest.importorskip("peft", reason="training needs the train extra")
 pytest.importorskip("matplotlib", reason="training needs the train extra")
 
-from test_adapt import stories  # noqa: F401
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "study.py"
 
 
-def test_a_study_is_made_in_sittings(checkpoint, stories, tmp_path):  # noqa: F811
+def test_a_study_is_made_in_sittings(checkpoint, stories, tmp_path):
     five = tmp_path / "five.jsonl"
     five.write_text("".join(json.dumps({"sentences": ["a b.", "b a.", "c a.", "ab.", "a."]}) + "\n" for _ in range(3)))
     command = [

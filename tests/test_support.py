@@ -8,7 +8,7 @@ import transformers as tr
 from transformers import AutoModelForCausalLM
 
 from anyorder import AnyOrderForCausalLM
-from anyorder.support import check_config, context_length
+from anyorder.model.compatibility import check_config, context_length
 from architectures import CONFIGS, REFUSED, VOCABULARY, base_model
 
 IDS = torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(0))
@@ -121,7 +121,7 @@ def test_hooks_on_the_wrapped_model_do_not_reach_the_head():
 def test_different_kernels_in_16_bits_are_not_a_different_model():
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from anyorder.support import check_conversion, probe
+    from anyorder.model.conversion import check_conversion, probe
 
     base = base_model("llama").to(torch.bfloat16)
     with sdpa_kernel(SDPBackend.MATH):

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from anyorder import Factorization, policies
-from anyorder.trace import Filled, Live, Recorder, Trace, draw
+from anyorder.trace.live import Live
+from anyorder.trace.record import Filled, Recorder, Trace
+from anyorder.trace.render import draw
 from architectures import converted
 
 IDS = torch.randint(3, 30, (2, 8), generator=torch.Generator().manual_seed(0))

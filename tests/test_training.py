@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anyorder import AnyOrderForCausalLM, Factorization, head
-from anyorder.adapters import Adapter
+from anyorder import AnyOrderForCausalLM, Factorization
+from anyorder.model import lm_head as head
+from anyorder.model.adapters import Adapter
 from anyorder.training.curriculum import (
     BUILT_IN,
     Curriculum,

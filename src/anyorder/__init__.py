@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anyorder import policies
-    from anyorder.configuration import AnyOrderConfig
-    from anyorder.factorization import Factorization
-    from anyorder.infilling import Infiller
+    from anyorder.core.factorization import Factorization
+    from anyorder.infill.infiller import Infiller
+    from anyorder.loading import load
+    from anyorder.model.configuration import AnyOrderConfig
     from anyorder.modeling import AnyOrderForCausalLM
-    from anyorder.sources import load
 
 __version__ = "0.1.0"
-DEFAULT_MODEL = "smollm2-135m-anyorder"
 
 _HOMES = {
-    "AnyOrderConfig": "configuration",
+    "AnyOrderConfig": "model.configuration",
     "AnyOrderForCausalLM": "modeling",
-    "Factorization": "factorization",
-    "Infiller": "infilling",
-    "load": "sources",
+    "DEFAULT_MODEL": "hub.resolve",
+    "Factorization": "core.factorization",
+    "Infiller": "infill.infiller",
+    "load": "loading",
 }
 
 __all__ = ["AnyOrderConfig", "AnyOrderForCausalLM", "Factorization", "Infiller", "load", "policies"]
@@ -32,7 +32,7 @@ __all__ = ["AnyOrderConfig", "AnyOrderForCausalLM", "Factorization", "Infiller",
 
 def __getattr__(name: str) -> Any:
     if name == "policies":
-        return importlib.import_module("anyorder.policies")
+        return importlib.import_module("anyorder.decoding.policies")
     if name in _HOMES:
         return getattr(importlib.import_module(f"anyorder.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'anyorder' has no attribute {name!r}")

@@ -1,48 +1,29 @@
-"""The wrapper around a Hugging Face decoder: one forward of content and query rows.
+"""The face: a causal LM that predicts any group of tokens in any order. Composition only.
 
-No modelling code is copied. The decoder runs on `inputs_embeds` and `position_ids` that the layout chose, its
-attention function reads intervals (`attention.py`), and its own forward over an identity decoder turns the rows that
-predict something into logits. This module knows nothing of sampling, text or training.
-
-Shapes: B batch, T columns, R rows, N predictions, V vocabulary, E hidden size.
+The forward is `model.base`'s, likelihoods are `scoring`'s, generation is `decoding.generate`'s, names and files are
+`hub`'s.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from anyorder import adapters, attention
-from anyorder.cache import KeyValueStore
-from anyorder.checkpoint import load_converted, save_adapted
-from anyorder.configuration import AnyOrderConfig
-from anyorder.factorization import Factorization
-from anyorder.head import logits_of, negative_log_likelihoods
-from anyorder.inputs import fitting_ids, left_to_right
-from anyorder.layout import Layout, Rows, lay_out
-from anyorder.support import check_config, check_conversion, check_model, context_length, probe
+from anyorder.decoding.generate import GenerationMixin
+from anyorder.hub.checkpoint import load_converted, save_adapted
+from anyorder.hub.pretrained import load_causal_lm
+from anyorder.model import adapters
+from anyorder.model.base import AnyOrderOutput, AnyOrderPreTrainedModel
+from anyorder.model.configuration import AnyOrderConfig
+from anyorder.model.conversion import convert
+from anyorder.scoring import LikelihoodMixin
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from anyorder.decoding import Commit, GenerateOutput
-    from anyorder.policies import Policy
+__all__ = ["AnyOrderForCausalLM", "AnyOrderOutput"]
 
 
-@dataclasses.dataclass
-class AnyOrderOutput(CausalLMOutput):
-    """What `AnyOrderForCausalLM.forward` returns."""
-
-    token_losses: Tensor | None = None
-
-
-class AnyOrderForCausalLM(PreTrainedModel):
+class AnyOrderForCausalLM(LikelihoodMixin, GenerationMixin, AnyOrderPreTrainedModel):
     """A causal LM that predicts any group of tokens in any order.
 
     Make one with `from_causal_lm`, or load a converted one with `from_pretrained`.
@@ -51,33 +32,6 @@ class AnyOrderForCausalLM(PreTrainedModel):
         causal_lm: the wrapped Hugging Face model itself, usable as such.
         query_embedding: (E,) parameter w, from which a query row starts where its left neighbour is unknown.
     """
-
-    config_class = AnyOrderConfig
-    base_model_prefix = ""
-    accepts_loss_kwargs = True  # Trainer: `num_items_in_batch`
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _compiled: Any = None  # see `compiled`
-    _supports_sdpa = True
-    _supports_flex_attn = True
-
-    def __init__(self, config: AnyOrderConfig, causal_lm: PreTrainedModel | None = None):
-        super().__init__(config)
-        self.set_attn_implementation(config._attn_implementation)
-        if config.base_config is None:
-            raise ValueError("the config has no base_config: make models with AnyOrderForCausalLM.from_causal_lm")
-        if causal_lm is None:
-            check_config(config.base_config)
-            # The dtype that from_pretrained was asked for, not the one in which the base was saved.
-            causal_lm = AutoModelForCausalLM.from_config(config.base_config, dtype=torch.get_default_dtype())
-        check_model(causal_lm)
-        self.causal_lm = causal_lm
-        self.causal_lm.set_attn_implementation(attention.NAME)
-        embedding = causal_lm.get_input_embeddings()
-        self.query_embedding = nn.Parameter(embedding.weight.new_zeros(embedding.weight.shape[1]))
-        self.post_init()
-
-    # ------------------------------------------------------------------ making, loading, saving
 
     @classmethod
     def from_causal_lm(
@@ -106,35 +60,10 @@ class AnyOrderForCausalLM(PreTrainedModel):
         if isinstance(model, PreTrainedModel):
             if kwargs:
                 raise ValueError(f"options {', '.join(kwargs)} are for loading; the model given is loaded already")
-            causal_lm = model
+            causal_lm, name = model, model.name_or_path or None
         else:
-            from anyorder.sources import load_causal_lm
-
-            causal_lm = load_causal_lm(model, **kwargs)
-        if isinstance(causal_lm, AnyOrderForCausalLM):
-            raise ValueError("this model is converted already: use from_pretrained, or convert its .causal_lm anew")
-        if isinstance(adapter, str):
-            adapter = adapters.Adapter(kind=adapter)  # type: ignore[arg-type]
-        check_model(causal_lm)
-        before, probed = causal_lm.config._attn_implementation, probe(causal_lm)
-        config = AnyOrderConfig(
-            base_config=causal_lm.config, recipe=recipe, attn_implementation=attn_implementation, dtype=causal_lm.dtype
-        )
-        try:
-            converted = cls(config, causal_lm)
-            converted.query_embedding.data.copy_(_mean_embedding(causal_lm.get_input_embeddings()))
-            check_conversion(converted, probed)
-            if adapter is not None:
-                config.adapter = dataclasses.asdict(adapter)
-                name = model if isinstance(model, str) else causal_lm.name_or_path or None
-                fingerprint = adapters.fingerprint(causal_lm)
-                config.base = {"name": name, "revision": kwargs.get("revision"), "fingerprint": fingerprint}
-                adapters.attach(causal_lm, adapter)
-                converted.query_embedding.data = converted.query_embedding.data.float()
-        except Exception:
-            causal_lm.set_attn_implementation(before)  # a model that is refused stays as it was
-            raise
-        return converted.train(causal_lm.training)
+            causal_lm, name = load_causal_lm(model, **kwargs), model
+        return convert(cls, causal_lm, recipe, adapter, attn_implementation, name, kwargs.get("revision"))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> AnyOrderForCausalLM:
@@ -161,253 +90,6 @@ class AnyOrderForCausalLM(PreTrainedModel):
         adapters.merge(self.causal_lm)
         self.config.adapter = self.config.base = None
         return self
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        """True: so transformers saves and uploads the generation config with the model."""
-        return True
-
-    @property
-    def generation_config(self) -> GenerationConfig | None:
-        """The wrapped model's own: one place for end and padding ids."""
-        causal_lm = self._modules.get("causal_lm")
-        return None if causal_lm is None else cast(PreTrainedModel, causal_lm).generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: GenerationConfig) -> None:
-        if "causal_lm" in self._modules:  # before, transformers derives one that the wrapped model has already
-            self.causal_lm.generation_config = value
-
-    def set_attn_implementation(self, attn_implementation: str, **kwargs: Any) -> None:
-        """Choose "sdpa" or "flex_attention"; the wrapped model keeps the attention that reads intervals."""
-        if attn_implementation not in attention.IMPLEMENTATIONS:
-            raise ValueError(
-                f"attn_implementation must be one of {', '.join(attention.IMPLEMENTATIONS)}, "
-                f"got {attn_implementation!r}"
-            )
-        self.config._attn_implementation = attn_implementation
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.causal_lm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.causal_lm.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.causal_lm.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.causal_lm.set_output_embeddings(value)
-
-    # ------------------------------------------------------------------ running
-
-    @property
-    def decoder(self) -> PreTrainedModel:
-        """The base model without its head."""
-        return cast(PreTrainedModel, getattr(self.causal_lm, self.causal_lm.base_model_prefix))
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Rows of the embedding table: token ids are below it."""
-        return int(cast(Tensor, self.get_input_embeddings().weight).shape[0])
-
-    @property
-    def recipe(self) -> str:
-        return self.config.recipe
-
-    def hidden_rows(self, rows: Rows, key_positions: Tensor, store: KeyValueStore | None = None) -> Tensor:
-        """The one forward: (B, R, E) final hidden states of the rows.
-
-        Args:
-            rows: what `layout` made.
-            key_positions: (B, K) int64, position of the token at each rank.
-            store: keys and values of earlier forwards, appended to; None if the rows hold all content.
-        """
-        return self._run(rows, key_positions, store)[0]
-
-    def _run(self, rows: Rows, key_positions: Tensor, store: KeyValueStore | None) -> tuple[Tensor, attention.Reads]:
-        device = self.query_embedding.device
-        # w always has a gradient, if only zeros
-        seeded = rows.seeded.to(device) if torch.is_grad_enabled() or not bool(rows.seeded.all()) else None
-        reads = attention.Reads(rows, key_positions, device, store, self.config._attn_implementation)
-        hidden = self.decode(rows.seed_ids.to(device), seeded, rows.positions.to(device), reads)
-        if not reads.calls:
-            raise ValueError(
-                "the wrapped model's attention was replaced after conversion; choose it with attn_implementation= when "
-                "converting or loading, or with set_attn_implementation of the converted model"
-            )
-        return hidden, reads
-
-    def decode(self, seed_ids: Tensor, seeded: Tensor | None, positions: Tensor, reads: Any) -> Tensor:
-        """(B, R, E) final hidden states of rows whose keys, values and masks `reads` has.
-
-        Args:
-            seed_ids, positions: (B, R) int64 on the model's device.
-            seeded: (B, R) bool, False where a row starts from w; None: nowhere.
-            reads: an `attention.Reads`, or what stands in for it.
-        """
-        embeds: Tensor = self.get_input_embeddings()(seed_ids)
-        if seeded is not None:
-            embeds = torch.where(seeded[..., None], embeds, self.query_embedding.to(embeds.dtype))
-        output = self.decoder(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            # A 4D mask passes through transformers untouched; the intervals replace it.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device),
-            use_cache=False,
-            anyorder_reads=reads,
-        )
-        return cast(Tensor, output.last_hidden_state)
-
-    def train(self, mode: bool = True) -> AnyOrderForCausalLM:
-        """As torch's; weights may change, so compiled steps are dropped."""
-        self._compiled = None if mode else self._compiled
-        return super().train(mode)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """(N, E) hidden states -> (N, V) logits, by the base model's own head: see `head.logits_of`."""
-        return logits_of(self.causal_lm, hidden)
-
-    def predictions(self, input_ids: Tensor, factorization: Factorization) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, E) of the rows that predict something, and (B, T) bool where they belong, row by row."""
-        layout = self.lay_out(input_ids, factorization)
-        predicted = layout.logit_rows >= 0
-        row, _ = predicted.nonzero(as_tuple=True)
-        place = layout.logit_rows[predicted]
-        if torch.is_grad_enabled() and (self.config.adapter or {}).get("kind") == "gated":
-            hidden, where = self._frozen_rows_first(layout)
-            place = where[row, place]
-        else:
-            hidden = self.hidden_rows(layout.rows, layout.key_positions)
-        return hidden[row.to(hidden.device), place.to(hidden.device)], predicted
-
-    def _frozen_rows_first(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """The rows in two forwards, for training: those that the adapter cannot change need no gradient.
-
-        Returns:
-            hidden states (B, R', E), and (B, R) which of them belongs to which row of the layout.
-        """
-        rows, spare = layout.rows, layout.logit_rows.shape[1]
-        frozen = rows.frozen
-        # Processes that gather parameters together must run as many forwards, whatever rows each has.
-        if not bool(frozen.any()) or bool(frozen.all()) or adapters.is_split(self):
-            every = torch.arange(rows.count).expand(rows.lo.shape)
-            return self.hidden_rows(rows, layout.key_positions), every
-        first, first_place = rows.take(frozen, spare)
-        second, second_place = rows.take(~frozen, spare)
-        store = KeyValueStore(spare)
-        with torch.no_grad():
-            hidden = self.hidden_rows(first, layout.key_positions, store)
-        hidden = torch.cat([hidden, self.hidden_rows(second, layout.key_positions, store)], dim=1)
-        return hidden, torch.where(frozen, first_place, first.count + second_place)
-
-    def lay_out(self, input_ids: Tensor, factorization: Factorization) -> Layout:
-        """The rows of one parallel forward, after checking that ids and factorization fit the model."""
-        ids = self.check_input(input_ids, factorization)
-        return lay_out(ids, factorization, self.recipe)
-
-    def check_input(self, input_ids: Tensor, factorization: Factorization) -> Tensor:
-        """(B, T) ids on the factorization's device, 0 where absent; ValueError names what does not fit."""
-        return fitting_ids(input_ids, factorization, self.vocabulary_size, context_length(self.causal_lm.config))
-
-    @torch.compiler.disable  # its rows differ in number each time, and traced adapters would miss their gates
-    def forward(
-        self,
-        input_ids: Tensor,
-        factorization: Factorization | None = None,
-        labels: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        loss_only: bool = False,
-    ) -> AnyOrderOutput:
-        """Logits of every predicted token, in one forward.
-
-        Args:
-            input_ids: (B, T) int64.
-            factorization: of the same shape; None: left to right, one at a time, given the first token.
-            labels: (B, T) int64, -100 is ignored; usually `input_ids`. Only predicted positions count.
-            attention_mask: (B, T), without a factorization: 0 marks padding, on the right.
-            num_items_in_batch: what the sum of the losses is divided by, where a step is many forwards; None: the
-                number of labelled predicted positions (as Trainer expects).
-            loss_only: with labels, leave out the logits; always so in training.
-
-        Returns:
-            logits (B, T, V) in the model's dtype: row i predicts token i, unshifted; zeros at positions that are not
-            predicted; None for losses alone, beside which they would be the largest tensor by far. loss: mean
-            cross-entropy over the labelled predicted positions, in nats, float32 (0 if there are none); a mixture of
-            experts adds no router loss. token_losses: (B, T) float32 without gradient, 0 where nothing counts.
-        """
-        if factorization is None:
-            factorization = left_to_right(input_ids, attention_mask)
-        elif attention_mask is not None:
-            raise ValueError("attention_mask is for the default order; a factorization marks padding as absent itself")
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids has {tuple(input_ids.shape)}")
-        hidden, predicted = self.predictions(input_ids, factorization)
-        where = predicted.to(hidden.device)
-        loss = token_losses = None
-        if labels is not None:
-            targets = labels.to(hidden.device)[where]
-            losses = negative_log_likelihoods(self.causal_lm, hidden, targets)
-            count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = losses.sum() / count
-            token_losses = losses.new_zeros(where.shape)
-            token_losses[where] = losses.detach()
-            if self.training or loss_only:
-                return AnyOrderOutput(loss=loss, token_losses=token_losses)
-        logits = self.head(hidden)
-        out = logits.new_zeros(*where.shape, logits.shape[-1])
-        out[where] = logits
-        return AnyOrderOutput(loss=loss, logits=out, token_losses=token_losses)
-
-    def _probe(self, ids: Tensor, stride: int = 1) -> tuple[Tensor, list[tuple[int, int | None]]]:
-        """(T, V) logits of left-to-right content rows, `stride` positions apart, and every call of the attention."""
-        layout = lay_out(ids.cpu(), Factorization.left_to_right(ids.shape[1]), "exact")
-        rows = dataclasses.replace(layout.rows, positions=layout.rows.positions * stride)
-        hidden, reads = self._run(rows, layout.key_positions * stride, None)
-        return self.head(hidden[0, : ids.shape[1]]), reads.calls
-
-    # ------------------------------------------------------------------ the public face of scoring and decoding
-
-    def log_likelihood(self, input_ids: Tensor, factorization: Factorization) -> Tensor:
-        """Exact log p of each predicted token: see `scoring.log_likelihood`."""
-        from anyorder import scoring
-
-        return scoring.log_likelihood(self, input_ids, factorization)
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        factorization: Factorization | None = None,
-        policy: Policy | None = None,
-        **options: Any,
-    ) -> Tensor | GenerateOutput:
-        """Fill the predicted positions: see `decoding.generate`."""
-        from anyorder import decoding
-
-        return decoding.generate(self, input_ids, factorization, policy, **options)
-
-    def stream(
-        self,
-        input_ids: Tensor,
-        factorization: Factorization | None = None,
-        policy: Policy | None = None,
-        **options: Any,
-    ) -> Iterator[Commit]:
-        """The same, commit by commit: see `decoding.stream`."""
-        from anyorder import decoding
-
-        return decoding.stream(self, input_ids, factorization, policy, **options)
-
-
-@torch.no_grad()
-def _mean_embedding(embedding: nn.Module) -> Tensor:
-    """(E,) mean of what the embedding returns over the vocabulary, whatever scale the family applies."""
-    weight = cast(Tensor, embedding.weight)
-    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for ids in torch.arange(weight.shape[0], device=weight.device).split(8192):
-        total += embedding(ids).double().sum(dim=0)
-    return (total / weight.shape[0]).to(weight.dtype)
 
 
 AutoModelForCausalLM.register(AnyOrderConfig, AnyOrderForCausalLM)

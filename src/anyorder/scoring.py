@@ -9,22 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from anyorder.factorization import Factorization
-from anyorder.head import negative_log_likelihoods
-from anyorder.inputs import left_to_right
-from anyorder.randomness import Generators
-
-if TYPE_CHECKING:
-    from anyorder.modeling import AnyOrderForCausalLM
+from anyorder.core.factorization import Factorization
+from anyorder.core.rng import Generators
+from anyorder.core.validation import left_to_right
+from anyorder.model.base import AnyOrderPreTrainedModel
 
 
 @torch.no_grad()
-def log_likelihood(model: AnyOrderForCausalLM, input_ids: Tensor, factorization: Factorization) -> Tensor:
+def log_likelihood(model: AnyOrderPreTrainedModel, input_ids: Tensor, factorization: Factorization) -> Tensor:
     """log p of each predicted token given what its group may read (design section 1).
 
     Args:
@@ -38,15 +35,12 @@ def log_likelihood(model: AnyOrderForCausalLM, input_ids: Tensor, factorization:
     Raises:
         ValueError: if ids and factorization do not fit each other or the model.
     """
-    hidden, predicted = model.predictions(input_ids, factorization)
-    targets = input_ids.to(hidden.device)[predicted.to(hidden.device)]
-    out = torch.zeros(predicted.shape, device=hidden.device)
-    out[predicted.to(hidden.device)] = -negative_log_likelihoods(model.causal_lm, hidden, targets).float()
-    return out.to(input_ids.device)
+    found = model.predictions(input_ids, factorization)
+    return model.predictor.log_probs(found, input_ids).to(input_ids.device)
 
 
 def conditional_log_likelihood(
-    model: AnyOrderForCausalLM,
+    model: AnyOrderPreTrainedModel,
     input_ids: Tensor,
     targets: Sequence[int],
     given: Sequence[int],
@@ -86,7 +80,7 @@ class OrderSpread:
 
 
 def order_spread(
-    model: AnyOrderForCausalLM,
+    model: AnyOrderPreTrainedModel,
     input_ids: Tensor,
     factorization: Factorization | None = None,
     orders: int = 8,
@@ -109,3 +103,11 @@ def order_spread(
         factorization = left_to_right(input_ids)
     drawn = [factorization.regroup(group_size, "random", generator) for _ in range(orders)]
     return OrderSpread(torch.stack([log_likelihood(model, input_ids, f).sum(dim=1) for f in drawn], dim=1))
+
+
+class LikelihoodMixin:
+    """Likelihoods as methods of a model."""
+
+    def log_likelihood(self, input_ids: Tensor, factorization: Factorization) -> Tensor:
+        """Exact log p of each predicted token: see `scoring.log_likelihood`."""
+        return log_likelihood(cast(AnyOrderPreTrainedModel, self), input_ids, factorization)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyorder.decoding.policies import Policy
 from anyorder.modeling import AnyOrderForCausalLM
-from anyorder.policies import Policy
 
 Sampling = dict[str, Any]
 

@@ -63,11 +63,11 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
 
     import torch
 
-    from anyorder import policies
     from anyorder.bench import quality, report
     from anyorder.bench.decoders import AnyOrder, Foreign, HuggingFace
     from anyorder.bench.measure import measure
-    from anyorder.sampling import Sampler
+    from anyorder.decoding import policies
+    from anyorder.decoding.sampling import Sampler
 
     chosen = [(policies.parse(text), text) for text in options.policies]  # a mistake is told before the model is loaded
     if options.greedy and (options.temperature is not None or options.top_p is not None):

@@ -52,7 +52,7 @@ def add_convert(subparsers: Any) -> None:
 def _convert(options: argparse.Namespace) -> None:
     import torch
 
-    from anyorder.support import left_to_right_difference
+    from anyorder.model.conversion import left_to_right_difference
 
     output: Path = options.output
     if output.exists() and not output.is_dir():
@@ -132,8 +132,8 @@ def add_generate(subparsers: Any) -> None:
 def _generate(options: argparse.Namespace) -> None:
     import torch
 
-    from anyorder import policies
-    from anyorder.pieces import Pieces
+    from anyorder.decoding import policies
+    from anyorder.infill.pieces import Pieces
 
     if options.policy is not None and options.group_size != 1:
         raise ValueError(f"--group-size {options.group_size} and --policy both say what a step commits: choose one")
@@ -187,7 +187,7 @@ def add_infill(subparsers: Any) -> None:
 
 
 def _infill(options: argparse.Namespace) -> None:
-    from anyorder.template import Template
+    from anyorder.infill.template import Template
 
     texts = read_texts(options)
     for number, text in enumerate(texts, 1):  # a mistake is told before the model is loaded
@@ -195,8 +195,8 @@ def _infill(options: argparse.Namespace) -> None:
             Template.parse(text, options.blank)
         except ValueError as error:
             raise ValueError(f"{error} (text {number} of {len(texts)})" if len(texts) > 1 else error) from error
-    from anyorder.constraints import Choice, Pattern
-    from anyorder.infilling import Infiller
+    from anyorder.decoding.constraints import Choice, Pattern
+    from anyorder.infill.infiller import Infiller
 
     constraint = Choice(*options.choice) if options.choice else Pattern(options.pattern) if options.pattern else None
     model, tokenizer = load_model(options)
@@ -232,8 +232,8 @@ def add_score(subparsers: Any) -> None:
 def _score(options: argparse.Namespace) -> None:
     import torch
 
-    from anyorder.factorization import Factorization
-    from anyorder.pieces import Pieces
+    from anyorder.core.factorization import Factorization
+    from anyorder.infill.pieces import Pieces
 
     texts = read_texts(options)
     model, tokenizer = load_model(options)
@@ -275,8 +275,8 @@ def add_show(subparsers: Any) -> None:
 def _show(options: argparse.Namespace) -> None:
     import torch
 
-    from anyorder.factorization import Factorization
-    from anyorder.layout import describe, lay_out
+    from anyorder.core.factorization import Factorization
+    from anyorder.core.layout import describe, lay_out
 
     words = options.text.split()
     if not words:
@@ -312,7 +312,8 @@ def add_plot(subparsers: Any) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from anyorder.trace import Trace, draw
+    from anyorder.trace.record import Trace
+    from anyorder.trace.render import draw
 
     trace = Trace.load(options.trace)
     draw(trace, options.output)

@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyorder import DEFAULT_MODEL
+from anyorder.hub.resolve import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase, TorchAoConfig
 
-    from anyorder.lengths import Length
+    from anyorder.decoding.policies import Policy
+    from anyorder.infill.lengths import Length
     from anyorder.modeling import AnyOrderForCausalLM
-    from anyorder.policies import Policy
-    from anyorder.trace import Recorder
+    from anyorder.trace.record import Recorder
 
 
 def add_command(subparsers: Any, name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 
 
 def _policy(text: str) -> Policy:
-    from anyorder import policies
+    from anyorder.decoding import policies
 
     try:
         return policies.parse(text)
@@ -111,7 +111,8 @@ def watching(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, te
     Raises:
         ValueError: if a trace of several texts is asked for.
     """
-    from anyorder.trace import Live, Recorder
+    from anyorder.trace.live import Live
+    from anyorder.trace.record import Recorder
 
     if options.trace is not None and texts > 1:
         raise ValueError(f"--trace takes one text, got {texts}")
@@ -185,7 +186,7 @@ def load_model(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCau
     """The converted model and its tokenizer; `more` goes to `sources.load`."""
     import torch
 
-    from anyorder.sources import load
+    from anyorder.loading import load
 
     if getattr(options, "int8", False):
         more["quantization_config"] = _int8()

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyorder.options import check_options
+from anyorder.core.validation import check_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -177,7 +177,7 @@ def _data(
 def _plan(options: argparse.Namespace, curriculum: Curriculum) -> None:
     from transformers import AutoConfig
 
-    from anyorder.sources import resolve
+    from anyorder.hub.resolve import resolve
     from anyorder.training.plan import Machine, Run, plan
 
     further = _training_arguments(options.training)
@@ -235,7 +235,7 @@ def _model(
 ) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
     import torch
 
-    from anyorder.adapters import Adapter
+    from anyorder.model.adapters import Adapter
 
     torch.manual_seed(options.seed)  # the adapter's first factor is random
     more = {} if options.adapter == "none" else {"adapter": Adapter(options.adapter, options.rank)}

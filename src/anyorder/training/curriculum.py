@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from anyorder.factorization import Factorization
+from anyorder.core.factorization import Factorization
 
 MIN_LENGTH = 2
 """A document shorter than this has nothing to predict."""

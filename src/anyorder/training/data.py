@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from anyorder.factorization import Factorization
+from anyorder.core.factorization import Factorization
 from anyorder.training.curriculum import MIN_LENGTH, Curriculum, seeded
 from anyorder.training.texts import Documents, TokenDocument
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from anyorder.factorization import Factorization
+from anyorder.core.factorization import Factorization
 from anyorder.training.curriculum import Document, LeftToRight, RandomGroups, Regime, seeded
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from anyorder.head import CHUNK
-from anyorder.layout import lay_out
+from anyorder.core.layout import lay_out
+from anyorder.model.lm_head import CHUNK
 from anyorder.training.curriculum import Curriculum, Document
 
 _DRAWS = 64

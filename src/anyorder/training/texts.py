@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from anyorder.pieces import Pieces
+from anyorder.infill.pieces import Pieces
 from anyorder.training.curriculum import MIN_LENGTH, Document
 
 FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}

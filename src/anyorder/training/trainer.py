@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from anyorder.adapters import WEIGHTS_FILE
-from anyorder.checkpoint import QUERY_FILE, read_weights
-from anyorder.factorization import Factorization
+from anyorder.core.factorization import Factorization
+from anyorder.hub.checkpoint import QUERY_FILE, read_weights
+from anyorder.model.adapters import WEIGHTS_FILE
 from anyorder.training import checkpoints
 from anyorder.training.data import Sequences, Stream, collate
 

@@ -1,0 +1,1 @@
+"""Index arithmetic: factorizations, rows, random numbers, checks. No transformers."""

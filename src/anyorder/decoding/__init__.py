@@ -1,0 +1,1 @@
+"""The decode loop, policies, and what is built on them."""

@@ -1,0 +1,206 @@
+"""The one place where tokens are drawn: from evaluated positions, by the sampler, the constraints and what is forced.
+
+Policies choose positions; what is put there is decided here. A draft d that was drawn from a distribution q is accepted
+with probability min(1, pi(d) / q(d)); at the first that is not, the token is drawn from what is left of pi,
+max(pi - q, 0); if all are, one more is drawn from pi (arXiv 2211.17192).
+
+Shapes: B batch, T columns, N evaluated positions, K drafts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyorder.decoding.constraints import BlankConstraints
+from anyorder.decoding.sampling import Sampler, inverse_cdf, token_log_probs
+
+NOT_FORCED = -100
+"""In `forced_ids`: the position is drawn, not forced (the id that Hugging Face ignores in labels)."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Positions that a forward has evaluated."""
+
+    row: Tensor
+    """(N,) int64, on the CPU like the next two."""
+    column: Tensor
+    """(N,) int64."""
+    hi: Tensor
+    """(N,) int64: the rank up to which each reads."""
+    logits: Tensor
+    """(N, V) float32, the model's own."""
+
+    def take(self, chosen: Tensor) -> Evaluated:
+        """Those where (N,) bool `chosen`."""
+        if bool(chosen.all()):
+            return self
+        logits = self.logits[chosen.to(self.logits.device)]
+        return Evaluated(self.row[chosen], self.column[chosen], self.hi[chosen], logits)
+
+    def log_probs(self, token: Tensor) -> Tensor:
+        """(N,) float32 on the CPU: log p of (N,) tokens under the model itself, in nats."""
+        return token_log_probs(self.logits, token.to(self.logits.device)).cpu()
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Guesses for the next positions of each row, in the order of the run."""
+
+    tokens: Tensor
+    """(B, K) int64."""
+    counts: Tensor
+    """(B,) int64: how many of them a row has; they are its first."""
+    probs: Tensor | None
+    """(B, K, V) float32: what each token was drawn from; None: the guess is certain of itself, or decoding greedy."""
+
+    @classmethod
+    def none(cls, rows: int) -> Drafts:
+        return cls(torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64), None)
+
+    def trimmed(self) -> Drafts:
+        """Without columns that no row uses."""
+        K = int(self.counts.max())
+        return Drafts(self.tokens[:, :K], self.counts, None if self.probs is None else self.probs[:, :K])
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What is known of the text while a step draws."""
+
+    ids: Tensor
+    """(B, T) int64, with tokens wherever they are read."""
+    ranks: Tensor
+    """(B, T + 1) int64: the rank of each column in generation order."""
+
+
+class Drawer:
+    """Draws tokens.
+
+    Args:
+        sampler: how.
+        blank_constraints: what runs of positions must match; None: anything.
+        forced: (B, T) int64 tokens to take instead, `NOT_FORCED` where one is drawn; None: none.
+    """
+
+    def __init__(self, sampler: Sampler, blank_constraints: BlankConstraints | None, forced: Tensor | None):
+        self.sampler, self.blank_constraints, self.forced = sampler, blank_constraints, forced
+
+    def processed(self, found: Evaluated, visible: Visible) -> Tensor:
+        """(N, V) logits after the sampler's settings, which may look at the tokens that each prediction reads.
+
+        Raises:
+            ValueError: naming a row and a position where no token is left, or the logits are no numbers.
+        """
+        logits, row, column = found.logits, found.row, found.column
+        if self.blank_constraints is not None:
+            mask = self.blank_constraints.mask(row, column, visible.ids, visible.ranks, found.hi)
+            logits = logits if mask is None else logits.masked_fill(~mask.to(logits.device), -torch.inf)
+        seen = visible.ids[row, :1]
+        if self.sampler.repetition_penalty is not None:
+            read = visible.ranks[row, : visible.ids.shape[1]] < found.hi[:, None]
+            some = visible.ids[row].gather(1, read.to(torch.int8).argmax(dim=1, keepdim=True))
+            seen = torch.where(read, visible.ids[row], some)
+        processed = self.sampler.process(logits, seen, row, column)
+        bad = ~processed.amax(dim=-1).isfinite()
+        if bool(bad.any()):
+            n = int(bad.nonzero()[0])
+            raise ValueError(_nothing_to_draw(found.logits[n], int(row[n]), int(column[n])))
+        return processed
+
+    def draw(self, found: Evaluated, uniform: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
+        """(N,) tokens on the CPU, and (N, V) the processed logits that they were drawn from.
+
+        Args:
+            found: the positions.
+            uniform: (N,) float64 in [0, 1), one a position.
+            visible: what they may look at.
+        """
+        processed = self.processed(found, visible)
+        drawn = self.sampler.draw(processed, uniform)
+        return self.or_forced(drawn, found.row, found.column).cpu(), processed
+
+    def verify(
+        self,
+        found: Evaluated,
+        used: Tensor,
+        columns: Tensor,
+        drafts: Drafts,
+        uniforms: tuple[Tensor, Tensor],
+        visible: Visible,
+    ) -> tuple[Tensor, Tensor]:
+        """Accept drafts, and draw the token behind them.
+
+        Args:
+            found: the positions of the drafts and one more a row, row by row; each reads the drafts before it.
+            used, columns: (B, K + 1), which of them a row has, and where they are.
+            drafts: the guesses.
+            uniforms: (B, T) float64 each, for accepting and for drawing.
+            visible: as for `draw`.
+
+        Returns:
+            (B,) how many drafts are accepted, and (B,) the token behind them (anything where no position is left).
+        """
+        K, every = drafts.tokens.shape[1], torch.arange(len(used))
+        processed = self.processed(found, visible)
+        number = torch.zeros(used.shape, dtype=torch.int64)  # of each verified position among the N
+        number[used] = torch.arange(len(found.row))
+        held = torch.arange(K) < drafts.counts[:, None]
+        probs = processed.softmax(dim=-1, dtype=torch.float32) if self.sampler.do_sample else None
+        accept = self._accepts(processed, probs, number[:, :K], drafts, uniforms[0].gather(1, columns[:, :K]))
+        if self.forced is not None:  # a forced token is its own draft, and the only one that is accepted
+            forced = self.forced.gather(1, columns[:, :K])
+            accept = torch.where(forced == NOT_FORCED, accept, forced == drafts.tokens)
+        accepted = (held & accept).long().cumprod(dim=1).sum(dim=1)
+        final = accepted.clamp(max=used.shape[1] - 1)
+        last, column = number[every, final], columns[every, final]
+        if probs is None:
+            return accepted, self.or_forced(processed.argmax(dim=-1).cpu()[last], every, column)
+        rejected = (accepted < drafts.counts).nonzero()[:, 0]
+        weights = probs[last.to(probs.device)]
+        if len(rejected):
+            weights[rejected] = _what_is_left(weights[rejected], drafts, rejected, accepted[rejected])
+        token = inverse_cdf(weights, uniforms[1][every, column]).cpu()
+        return accepted, self.or_forced(token, every, column)
+
+    def _accepts(
+        self, processed: Tensor, probs: Tensor | None, number: Tensor, drafts: Drafts, uniform: Tensor
+    ) -> Tensor:
+        """(B, K) bool."""
+        if probs is None:
+            return processed.argmax(dim=-1).cpu()[number] == drafts.tokens
+        at = drafts.tokens.to(probs.device)
+        p = probs[number.to(probs.device), at].double()
+        q = torch.ones_like(p)
+        if drafts.probs is not None:
+            q = drafts.probs.gather(2, at[:, :, None])[:, :, 0].double()
+        return (uniform.to(p.device) * q < p).cpu()
+
+    def or_forced(self, token: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """The forced tokens where there are any, else those given."""
+        if self.forced is None:
+            return token
+        forced = self.forced[row, column].to(token.device)
+        return torch.where(forced == NOT_FORCED, token, forced)
+
+
+def _what_is_left(pi: Tensor, drafts: Drafts, row: Tensor, place: Tensor) -> Tensor:
+    """What a rejection leaves of pi: max(pi - q, 0)."""
+    if drafts.probs is None:
+        left = pi.scatter(1, drafts.tokens[row, place][:, None].to(pi.device), 0.0)
+    else:
+        left = (pi - drafts.probs[row, place]).clamp(min=0)
+    return torch.where(left.sum(dim=1, keepdim=True) > 0, left, pi)  # pi == q, but for rounding
+
+
+def _nothing_to_draw(logits: Tensor, row: int, column: int) -> str:
+    """Why no token can be drawn at a position, given the model's own logits there."""
+    if not bool(logits.isfinite().any()) or bool(logits.isnan().any()):
+        return f"row {row}, position {column}: the model's logits are not finite numbers; load it in a wider dtype"
+    return (
+        f"row {row}, position {column}: no token is left to draw; allowed tokens, constraints and logits processors "
+        "exclude each other there"
+    )

@@ -1,0 +1,139 @@
+"""Where the drafts of speculative decoding come from: query rows of the same forward, or repetition in the text.
+
+Shapes: B batch, T columns, K drafts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from anyorder.decoding.draw import Drafts, Evaluated
+from anyorder.decoding.engine import Queries, Run
+
+LONGEST_NGRAM = 3
+"""Tokens in front of a position that are looked up; shorter ones follow where these are not found."""
+
+
+class DraftSource(ABC):
+    """Makes the drafts of the next round."""
+
+    @abstractmethod
+    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor) -> list[Queries]:
+        """What it needs evaluated in the forward that verifies `drafts`, however many of them will be accepted.
+
+        Args:
+            order: the next open positions, in the order of the run; `hi`: the rank up to which each reads when it is
+                verified (one more from position to position).
+            drafts: those that are verified.
+            wanted: (B,) how many each row should get next.
+        """
+
+    @abstractmethod
+    def propose(
+        self, run: Run, rows: list[Queries], hidden: Tensor, sources: list[Tensor], accepted: Tensor, order: Queries
+    ) -> Drafts:
+        """Drafts for the positions behind the token that this round has drawn.
+
+        Args:
+            rows: from `rows`.
+            hidden: (B, R, E) of the forward.
+            sources: for each of `rows` which of `hidden` predicts what.
+            accepted: (B,) how many drafts were accepted; -1: this row gets no new drafts.
+            order: the next open positions after the round, as many as are wanted.
+        """
+
+
+class QueryDrafts(DraftSource):
+    """The query stream's own predictions: for each number of drafts that may be accepted, what it would predict for
+    the positions behind the next token, which it cannot see yet."""
+
+    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor) -> list[Queries]:
+        most = int(wanted.max())
+        out = []
+        for accepted in range(drafts.tokens.shape[1] + 1):
+            place = slice(accepted + 1, accepted + 1 + most)
+            columns = order.columns[:, place]
+            offset = torch.arange(columns.shape[1])
+            used = order.used[:, place] & (offset < wanted[:, None]) & (accepted <= drafts.counts)[:, None]
+            out.append(Queries(columns, used, order.hi[:, accepted : accepted + 1].expand_as(columns)))
+        return out
+
+    def propose(
+        self, run: Run, rows: list[Queries], hidden: Tensor, sources: list[Tensor], accepted: Tensor, order: Queries
+    ) -> Drafts:
+        B = len(accepted)
+        most = max(queries.columns.shape[1] for queries in rows)
+        columns, hi, source = (torch.zeros(B, most, dtype=torch.int64) for _ in range(3))
+        used = torch.zeros(B, most, dtype=torch.bool)
+        for number, (queries, found) in enumerate(zip(rows, sources, strict=True)):
+            own, width = accepted == number, queries.columns.shape[1]
+            for whole, part in ((columns, queries.columns), (hi, queries.hi), (source, found), (used, queries.used)):
+                whole[own, :width] = part[own]
+        # An end may have closed some of the positions that were prepared for: drafts go up to the first of them.
+        width = min(most, order.columns.shape[1])
+        columns, hi, source = columns[:, :width], hi[:, :width], source[:, :width]
+        used = used[:, :width] & order.used[:, :width] & (columns == order.columns[:, :width])
+        used = used.long().cumprod(dim=1).bool()
+        row, _ = used.nonzero(as_tuple=True)
+        tokens = torch.zeros_like(columns)
+        if not len(row):
+            return Drafts.none(B)
+        column = columns[used]
+        evaluated = Evaluated(row, column, hi[used], run.logits(hidden, row, source[used]))
+        tokens[used], logits = run.draw(evaluated, run.uniforms.draft)
+        probs = None
+        if run.sampler.do_sample:
+            probs = logits.new_zeros(B, width, logits.shape[1])
+            probs[used.to(probs.device)] = logits.softmax(dim=-1)
+        return Drafts(tokens, used.sum(dim=1), probs).trimmed()
+
+
+class NgramDrafts(DraftSource):
+    """What followed the same few tokens elsewhere in the visible text; costs no row of the forward."""
+
+    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor) -> list[Queries]:
+        return []
+
+    def propose(
+        self, run: Run, rows: list[Queries], hidden: Tensor, sources: list[Tensor], accepted: Tensor, order: Queries
+    ) -> Drafts:
+        B, K = order.columns.shape
+        ids, known = run.ids.clone(), run.known.clone()
+        going, counts = accepted >= 0, torch.zeros(B, dtype=torch.int64)
+        tokens, every = torch.zeros(B, K, dtype=torch.int64), torch.arange(B)
+        for k in range(K):
+            column = order.columns[:, k]
+            found, token = _continuation(ids, known, column)
+            if run.forced is not None:
+                forced = run.forced[every, column]
+                token = torch.where(forced >= 0, forced, token)
+            going = going & order.used[:, k] & found
+            tokens[:, k] = torch.where(going, token, 0)
+            counts += going
+            row = every[going]
+            ids[row, column[going]], known[row, column[going]] = token[going], True
+        return Drafts(tokens, counts, None).trimmed()
+
+
+def _continuation(ids: Tensor, known: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) whether what stands in front of (B,) `column` stands elsewhere too, and (B,) the last token that follows."""
+    B, T = ids.shape
+    every, rows = torch.arange(T), torch.arange(B)
+    found, token = torch.zeros(B, dtype=torch.bool), torch.zeros(B, dtype=torch.int64)
+    same = known & (every != column[:, None])  # where the continuation itself can stand
+    for n in range(1, LONGEST_NGRAM + 1):
+        own = column - n
+        here = own >= 0
+        wanted, wanted_known = ids[rows, own.clamp(min=0)], known[rows, own.clamp(min=0)]
+        equal = torch.zeros_like(same)
+        equal[:, n:] = known[:, : T - n] & (ids[:, : T - n] == wanted[:, None])
+        same = same & equal & (here & wanted_known)[:, None]
+        if n == 1:
+            continue  # one token says too little
+        last = (same * (every + 1)).amax(dim=1)
+        token = torch.where(last > 0, ids[rows, (last - 1).clamp(min=0)], token)
+        found = found | (last > 0)
+    return found, token

@@ -1,0 +1,1 @@
+"""Names, files, caches."""

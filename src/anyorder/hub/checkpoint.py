@@ -1,0 +1,139 @@
+"""Converted models as directories. Whole ones are transformers' business; with an adapter, a small directory without
+the weights of the base:
+
+    config.json                 AnyOrderConfig: recipe, adapter, and which base model it belongs to
+    adapter_config.json         PEFT's
+    adapter_model.safetensors   PEFT's
+    query_embedding.safetensors w
+
+The base is loaded by its name and known again by a fingerprint of its weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.utils import cached_file
+
+from anyorder.hub.pretrained import load_causal_lm
+from anyorder.hub.resolve import in_package, way_out
+from anyorder.model import adapters
+from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.model.configuration import AnyOrderConfig, hub_arguments
+from anyorder.model.conversion import convert
+
+Model = TypeVar("Model", bound=AnyOrderPreTrainedModel)
+
+QUERY_FILE = "query_embedding.safetensors"
+
+
+def save_adapted(model: AnyOrderPreTrainedModel, directory: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write the four files; with a gathered `state_dict`, of a model whose parameters are split over processes."""
+    config, wrapped, query_embedding = model.config, None, model.query_embedding
+    if state_dict is not None:
+        wrapped = {n.removeprefix("causal_lm."): t for n, t in state_dict.items() if n.startswith("causal_lm.")}
+        query_embedding = state_dict["query_embedding"]
+    adapters.save(model.causal_lm, directory, (config.base or {}).get("name"), wrapped)
+    query = {"query_embedding": query_embedding.detach().contiguous()}
+    save_file(query, directory / QUERY_FILE, metadata={"format": "pt"})
+    config.save_pretrained(directory)
+
+
+def read_weights(model: AnyOrderPreTrainedModel, adapter_file: Path, query_file: Path) -> None:
+    """Read what `save_adapted` wrote into a model that has such an adapter; ValueError if it does not fit."""
+    adapters.load(model.causal_lm, adapter_file)
+    query = load_file(query_file)["query_embedding"]
+    own = model.query_embedding.data
+    own.copy_(
+        distribute_tensor(query.to(own.dtype), own.device_mesh, own.placements) if isinstance(own, DTensor) else query
+    )
+
+
+def load_converted(cls: type[Model], load_whole: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load a converted model, with an adapter on its base or whole.
+
+    Args:
+        cls: the model class.
+        load_whole: transformers' own `from_pretrained` of it.
+        source: built-in name, directory or hub id.
+        args, kwargs: as `load_whole` takes them.
+
+    Raises:
+        ValueError: if the checkpoint is not a converted model, or a weight is missing, unknown or of a wrong shape.
+    """
+    wants_info = kwargs.pop("output_loading_info", False)
+    source = in_package(source)
+    config = kwargs.get("config") or source
+    if not isinstance(config, PretrainedConfig):
+        config = AutoConfig.from_pretrained(config, **hub_arguments(kwargs))
+    if config.model_type != cls.config_class.model_type:
+        raise ValueError(
+            f"{source} holds a {config.model_type} model, not a converted one: use AnyOrderForCausalLM.from_causal_lm"
+        )
+    if kwargs.get("recipe", config.recipe) != config.recipe:
+        raise ValueError(f"{source} was converted with recipe={config.recipe!r}")
+    if config.adapter is not None:
+        for name in ("config", "adapter_kwargs", "_from_auto", "_from_pipeline"):  # of this model, not of its base
+            kwargs.pop(name, None)
+        return load_adapted(cls, source, config, **kwargs)
+    # Shapes that differ are reported with the other problems, not half loaded with a warning.
+    kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_whole(source, *args, **kwargs)
+    problems = [
+        f"{kind.replace('_keys', '')}: {', '.join(map(str, sorted(info[kind])[:3]))}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(kind)
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit its config; weights {'; '.join(problems)}")
+    with contextlib.suppress(OSError):  # an optional file: the ids in the base config serve
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return (model, info) if wants_info else model
+
+
+def load_adapted(cls: type[Model], source: Any, config: AnyOrderConfig, base_model: Any = None, **kwargs: Any) -> Model:
+    """Load the base, check that it is the one, and put the adapter on it.
+
+    Args:
+        cls: the model class.
+        source: directory or hub id of the adapter.
+        config: read from there.
+        base_model: name or loaded model to use in place of the one that the config names.
+        kwargs: options for loading the base (dtype, device_map, ...), and quantization_config, a TorchAoConfig.
+
+    Raises:
+        ValueError: for another base, or weights that do not fit.
+    """
+    assert config.adapter is not None
+    origin = config.base or {}
+    name = base_model if base_model is not None else origin.get("name")
+    if name is None:
+        raise ValueError(f"{source} does not say which model it was trained on: pass base_model=")
+    files = {
+        file: Path(cached_file(source, file, **hub_arguments(kwargs))) for file in (adapters.WEIGHTS_FILE, QUERY_FILE)
+    }
+    attention = kwargs.pop("attn_implementation", "sdpa")
+    quantization = kwargs.pop("quantization_config", None)  # applied last: a quantised base has another fingerprint
+    if isinstance(name, str):
+        revision = {"revision": origin["revision"]} if origin.get("revision") and base_model is None else {}
+        own = {key: value for key, value in kwargs.items() if key not in hub_arguments(kwargs)}
+        causal_lm = load_causal_lm(name, **revision, **own)
+    else:
+        causal_lm, name = name, type(name).__name__
+    try:
+        adapters.check_fingerprint(causal_lm, origin.get("fingerprint", {}), str(name))
+    except ValueError as error:
+        raise ValueError(f"{error}{way_out(name)}") from None
+    model = convert(cls, causal_lm, config.recipe, adapters.Adapter(**config.adapter), attention)
+    read_weights(model, files[adapters.WEIGHTS_FILE], files[QUERY_FILE])
+    model.config.base = config.base
+    model = model.to(causal_lm.dtype).eval()
+    if quantization is not None:
+        adapters.quantise_base(model.causal_lm, quantization)
+    return model

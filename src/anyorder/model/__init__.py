@@ -1,0 +1,1 @@
+"""One forward of rows in an unmodified decoder."""

@@ -1,0 +1,295 @@
+"""Low-rank adapters on PEFT, gated so that they cannot make the base model worse.
+
+`gated`: an adapter acts only on rows whose gate is open: rows that stand where the base model never stands (`layout`).
+Every other row takes the base layer's output untouched, bit for bit, and costs nothing more. The gate of a forward
+travels in the keyword arguments of the attention modules, inside the object that holds the intervals; a hook hands it
+on to the adapters of that layer, whose attention is the first to run. So recomputation under gradient checkpointing
+finds it as well, and without rows, in plain use of the wrapped model, no gate is open: the base model answers.
+
+`lora`: PEFT's ordinary LoRA on every row.
+
+On disk both are PEFT's own files. This module knows layers and gates; which rows are open is the layout's business.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+KINDS = ("gated", "lora")
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # of PEFT's files
+_NAME = "default"
+
+_open_rows: contextvars.ContextVar[Tensor | slice | None] = contextvars.ContextVar("anyorder_open_rows", default=None)
+"""(N,) int64 numbers of the open rows in the flattened (B x R) rows of the running decoder layer; a slice of
+them, in training always of all; None: no row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What to add to a base model.
+
+    Args:
+        kind: "gated" or "lora".
+        rank: of the two factors.
+        alpha: updates are scaled by alpha / rank; default: rank.
+        dropout: on the adapter's input, in training.
+        target_modules: names of linear layers; default: all of the decoder (fused experts are none).
+
+    Raises:
+        ValueError: naming the value that cannot be meant.
+    """
+
+    kind: Literal["gated", "lora"] = "gated"
+    rank: int = 64
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"adapter must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    def lora_config(self) -> LoraConfig:
+        """PEFT's config of it."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.rank if self.alpha is None else self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            task_type="CAUSAL_LM",
+        )
+
+
+def attach(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
+    """Freeze the base model and add a new adapter, whose update is zero until it is trained.
+
+    Raises:
+        ValueError: if PEFT is not installed, or no layer matches.
+    """
+    try:
+        from peft import inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("adapters need PEFT: pip install 'anyorder[train]'") from error
+    from transformers.pytorch_utils import Conv1D
+
+    causal_lm.requires_grad_(False)
+    config = adapter.lora_config()
+    if adapter.target_modules is None:
+        decoder = getattr(causal_lm, causal_lm.base_model_prefix)
+        linear = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        config.target_modules = {name.rpartition(".")[2] for name in linear}
+    if adapter.kind == "gated":
+        config._register_custom_module({nn.Linear: _gated_linear(), Conv1D: _gated_linear()})
+        for module in causal_lm.modules():
+            if hasattr(module, "layer_idx") and "attention" in type(module).__name__.lower():
+                module.register_forward_pre_hook(_enter, with_kwargs=True)
+    inject_adapter_in_model(config, causal_lm, adapter_name=_NAME)
+    for name, parameter in causal_lm.named_parameters():
+        if "lora_" in name:  # small updates vanish in 16 bits; `checkpoint` casts what is only read
+            parameter.data = parameter.data.float()
+
+
+class _Traced:
+    """What `_open_rows` is, for tracing by torch.compile, which cannot set context variables: (N, 1) floats, 1 where a
+    row is open."""
+
+    open_rows: Tensor | None = None
+
+
+_traced = _Traced()
+
+
+def _enter(attention: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    reads = keywords.get("anyorder_reads")
+    rows = None if reads is None else reads.open_rows
+    if torch.compiler.is_compiling():
+        _traced.open_rows = rows
+    else:
+        _open_rows.set(rows)
+
+
+@functools.cache
+def _gated_linear() -> type[nn.Module]:
+    from peft.tuners.lora import Linear
+
+    class GatedLinear(Linear):
+        """PEFT's LoRA layer, whose update is computed for the open rows alone."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            result: Tensor = self.base_layer(x)
+            rows = _traced.open_rows if torch.compiler.is_compiling() else _open_rows.get()
+            if rows is None or self.disable_adapters:
+                return result
+            flat, opened = result.flatten(0, -2), x.flatten(0, -2)
+            if isinstance(rows, Tensor) and rows.is_floating_point():
+                for name in self.active_adapters:
+                    inner = nn.functional.linear(opened, self.lora_A[name].weight.to(opened.dtype))
+                    update = nn.functional.linear(inner, self.lora_B[name].weight.to(opened.dtype))
+                    flat = flat + update * (rows * self.scaling[name])
+                return flat.view(result.shape)
+            opened = opened[rows] if isinstance(rows, slice) else opened.index_select(0, rows)
+            for name in self.active_adapters:
+                flat = self._add(flat, rows, opened, name)
+            return flat.view(result.shape)
+
+        def _add(self, flat: Tensor, rows: Tensor | slice, opened: Tensor, name: str) -> Tensor:
+            """(N, out) with the update of (n, in) open rows; in place where no gradient flows: a step of decoding is
+            hundreds of these."""
+            down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+            if torch.is_grad_enabled():
+                inner = nn.functional.linear(self.lora_dropout[name](opened.to(down.dtype)), down)
+                update = (nn.functional.linear(inner, up) * scale).to(flat.dtype)
+                return flat + update if isinstance(rows, slice) else flat.index_add(0, rows, update)
+            inner = nn.functional.linear(opened.to(down.dtype), down)
+            if isinstance(rows, slice):
+                flat[rows].addmm_(inner.to(flat.dtype), up.t().to(flat.dtype), alpha=scale)
+                return flat
+            return flat.index_add_(0, rows, nn.functional.linear(inner, up).to(flat.dtype), alpha=scale)
+
+    return GatedLinear
+
+
+def quantise_base(causal_lm: PreTrainedModel, config: Any) -> None:
+    """Quantise the weights that an adapter stands beside; the adapter itself stays as it is.
+
+    Args:
+        causal_lm: with an adapter.
+        config: a `transformers.TorchAoConfig`.
+
+    Raises:
+        ValueError: for another kind of config, or without torchao.
+    """
+    from transformers import TorchAoConfig
+
+    if not isinstance(config, TorchAoConfig):
+        raise ValueError(
+            f"quantization_config of a model with an adapter must be a TorchAoConfig, got a {type(config).__name__}"
+        )
+    from torchao.quantization import quantize_
+
+    quantize_(causal_lm, config.quant_type, filter_fn=lambda module, name: name.endswith(".base_layer"))
+
+
+def first_layer(model: nn.Module) -> nn.Module | None:
+    """One layer with an adapter; PEFT turns all of them off and on together (`disable_adapters`)."""
+    return next((module for module in model.modules() if hasattr(module, "lora_A")), None)
+
+
+def merge(causal_lm: PreTrainedModel) -> None:
+    """Fold an ungated adapter into the weights and take it off.
+
+    Raises:
+        ValueError: for a gated one, which acts on some rows only and so is no change of weights.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(causal_lm.named_modules()):
+        if isinstance(layer, LoraLayer):
+            if isinstance(layer, _gated_linear()):
+                raise ValueError("a gated adapter cannot be merged: it acts on some rows only")
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(causal_lm.get_submodule(parent), child, layer.base_layer)
+
+
+# ---------------------------------------------------------------------- on disk
+
+
+def save(
+    causal_lm: PreTrainedModel, directory: Path, base: str | None, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Write PEFT's adapter_config.json and adapter_model.safetensors.
+
+    `state_dict`: the model's, gathered, where its own parameters are split over several processes.
+    """
+    from peft import get_peft_model_state_dict
+
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(causal_lm, state_dict, adapter_name=_NAME)
+    config = copy.copy(causal_lm.peft_config[_NAME])
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
+    save_file(
+        {_PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
+        directory / WEIGHTS_FILE,
+        metadata={"format": "pt"},
+    )
+
+
+def load(causal_lm: PreTrainedModel, file: Path) -> None:
+    """Read the weights of an attached adapter from PEFT's safetensors file.
+
+    Raises:
+        ValueError: if one is missing, unknown or of another shape.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    found = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(file).items()}
+    expected = get_peft_model_state_dict(causal_lm, adapter_name=_NAME)
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": [n for n in expected.keys() & found.keys() if expected[n].shape != found[n].shape],
+    }
+    wrong = [f"{kind}: {', '.join(names[:3])}" for kind, names in problems.items() if names]
+    if wrong:
+        raise ValueError(f"{file} does not fit the model; weights {'; '.join(wrong)}")
+    if is_split(causal_lm):
+        named: dict[str, Any] = {name.replace(".weight", f".{_NAME}.weight"): tensor for name, tensor in found.items()}
+        set_model_state_dict(causal_lm, named, options=StateDictOptions(full_state_dict=True, strict=False))
+    else:
+        set_peft_model_state_dict(causal_lm, found, adapter_name=_NAME)
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether each process holds a part of the parameters only (FSDP2, DeepSpeed ZeRO-3)."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------- which base
+
+
+def fingerprint(causal_lm: PreTrainedModel, samples: int = 8) -> dict[str, list[float]]:
+    """A few values of some weights, by which a base model is known again whatever dtype it is loaded in."""
+    named = [(name, p) for name, p in causal_lm.named_parameters() if "lora_" not in name]
+    chosen = named[:: max(1, len(named) // 16)]
+    out = {}
+    for name, parameter in chosen:
+        flat = parameter.detach().flatten()
+        index = torch.arange(samples, device=flat.device) * (flat.numel() - 1) // (samples - 1)
+        out[name.replace(".base_layer.", ".")] = flat[index].float().cpu().tolist()
+    return out
+
+
+def check_fingerprint(causal_lm: PreTrainedModel, expected: dict[str, list[float]], name: str) -> None:
+    """Raise ValueError unless the weights are those that the adapter was trained on, up to rounding to 16 bits."""
+    found = fingerprint(causal_lm)
+    if found.keys() != expected.keys():
+        raise ValueError(f"the adapter was trained on another model than {name}: its layers have other names")
+    for key, values in expected.items():
+        a, b = torch.tensor(values), torch.tensor(found[key])
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=8e-3, atol=1e-6):
+            raise ValueError(f"the adapter was trained on another model than {name}: {key} differs")

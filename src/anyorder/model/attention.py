@@ -1,0 +1,331 @@
+"""Intervals -> attention, inside an unmodified Hugging Face decoder.
+
+`anyorder_attention` is registered with transformers' `AttentionInterface`. With a `Reads` object among its keyword
+arguments it slices keys and values to the content rows, appends them to the store, and lets every row read its
+interval: a boolean mask for SDPA, two comparisons in a `mask_mod` for FlexAttention. Without one it is the base
+model's ordinary causal attention, so the wrapped model stays usable as such.
+
+This module knows intervals, positions and windows. It does not know groups, recipes or tokens.
+
+Shapes: B batch, H query heads, G key/value heads, R rows, C content rows, K keys, D head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from anyorder.core.layout import Rows
+from anyorder.model.kv_cache import KeyValueStore
+
+NAME = "anyorder"
+IMPLEMENTATIONS = ("sdpa", "flex_attention")
+
+MASK_ELEMENTS = 1 << 22
+"""Largest boolean mask, in elements, that one SDPA call is given."""
+
+BLOCK_ROWS = 64
+"""Rows of one SDPA call on the CPU: each block reads only the keys between its lowest and its highest interval, so
+packed documents do not pay for each other, nor early tokens for late ones. Elsewhere a call costs more than what it
+reads, and only MASK_ELEMENTS bounds the blocks."""
+
+ADDITIVE_ELEMENTS = 1 << 20
+"""Up to this size a block's mask is turned once a forward into the floats that SDPA's CPU kernel wants, instead of in
+every layer. Larger masks stay booleans."""
+
+_UNSUPPORTED = ("s_aux", "position_bias", "sinks")
+
+
+Block = tuple[slice, slice, Tensor | None]
+"""Some rows of a forward, the keys they read, and which of those each of them reads."""
+
+
+class Reads:
+    """What the rows of one forward may read. Masks are made once and shared by all layers.
+
+    Args:
+        rows: the layout; its tensors may stand on the CPU whatever the model's device.
+        key_positions: (B, K) int64, position within its document of the token at each rank (for windows).
+        device: of the model.
+        store: where content keys and values are kept, or None: this forward holds all of them itself.
+        implementation: "sdpa" or "flex_attention".
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        key_positions: Tensor,
+        device: torch.device,
+        store: KeyValueStore | None = None,
+        implementation: str = "sdpa",
+    ):
+        assert implementation in IMPLEMENTATIONS
+        self.implementation = implementation
+        self.content_count = rows.content_count
+        self.key_count = int(rows.hi.max())
+        self.calls: list[tuple[int, int | None]] = []  # (layer, sliding window), in the order they came
+        self._rows, self._key_positions, self._device, self._store = rows, key_positions, device, store
+        self._ranks = rows.ranks.to(device) if store is not None else rows.ranks
+        self._start = _common_start(rows.ranks, store.capacity) if store is not None else None
+        self._plans: dict[tuple[int | None, int, torch.dtype], list[Block]] = {}
+        self._block_masks: dict[int | None, Any] = {}
+
+    @functools.cached_property
+    def open_rows(self) -> Tensor | slice | None:
+        """The rows with an open gate among the flattened rows: (N,) int64 numbers; or a slice, of all, or (without
+        gradients) of neighbours; None: there are none. In training none is an empty tensor: adapters take part in every
+        step, as several processes expect."""
+        gates = self._rows.gates.flatten()
+        if bool(gates.all()):
+            return slice(None)
+        numbers = gates.nonzero()[:, 0]
+        if torch.is_grad_enabled():
+            return numbers.to(self._device)
+        if not len(numbers):
+            return None
+        first, end = int(numbers[0]), int(numbers[-1]) + 1
+        return slice(first, end) if end - first == len(numbers) else numbers.to(self._device)
+
+    def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, G, K, D) keys and values of the content rows, stored ones included, in generation order."""
+        key, value = key[:, :, : self.content_count], value[:, :, : self.content_count]
+        if self._store is not None:
+            key, value = self._store.append(layer, key, value, self._ranks, self._start)
+        return key[:, :, : self.key_count], value[:, :, : self.key_count]
+
+    def plan(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Block]:
+        """Blocks of rows, the keys each reads, and its mask (None: reads them all).
+
+        Masks have shape (B, 1, repeats * rows, keys): the heads that share a key head are stacked as rows. They are
+        boolean, or small and additive in `dtype`.
+        """
+        if (window, repeats, dtype) not in self._plans:
+            B, R = self._rows.lo.shape
+            size = max(1, MASK_ELEMENTS // (B * repeats * self.key_count))
+            size = min(BLOCK_ROWS, size) if self._device.type == "cpu" else size
+            C = self.content_count  # a block of the last content and the first queries would read everything
+            self._plans[window, repeats, dtype] = [
+                self._block(slice(first, min(first + size, end)), window, repeats, dtype)
+                for begin, end in ((0, C), (C, R))
+                for first in range(begin, end, size)
+            ]
+        return self._plans[window, repeats, dtype]
+
+    def _block(self, rows: slice, window: int | None, repeats: int, dtype: torch.dtype) -> Block:
+        lo, hi = self._rows.lo[:, rows], self._rows.hi[:, rows]
+        keys = slice(int(lo.min()), int(hi.max()))
+        if window is None and bool((lo == keys.start).all()) and bool((hi == keys.stop).all()):
+            return rows, keys, None
+        rank = torch.arange(keys.start, keys.stop, device=self._device)
+        of_rows = lo, hi, self._rows.positions[:, rows], self._key_positions[:, keys]
+        lo, hi, here, there = (tensor.to(self._device) for tensor in of_rows)
+        mask = for_heads(which_are_read(lo, hi, rank, here, there, window), repeats)
+        if dtype != torch.bool and mask.device.type == "cpu" and mask.numel() <= ADDITIVE_ELEMENTS:
+            mask = additive(mask, dtype)
+        return rows, keys, mask
+
+    def block_mask(self, window: int | None) -> Any:
+        """The same rule as a FlexAttention `BlockMask`, which skips the blocks that no row reads."""
+        if window not in self._block_masks:
+            from torch.nn.attention.flex_attention import and_masks, create_block_mask
+
+            rows, device = self._rows, self._device
+            lo, hi, here = rows.lo.to(device), rows.hi.to(device), rows.positions.to(device)
+            there = self._key_positions.to(device)
+
+            def interval(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return (k >= lo[b, q]) & (k < hi[b, q])
+
+            def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                assert window is not None
+                return (here[b, q] - there[b, k]).abs() < window
+
+            B, R = rows.lo.shape
+            rule = interval if window is None else and_masks(interval, near)
+            self._block_masks[window] = create_block_mask(rule, B, None, R, self.key_count, device=device)
+        return self._block_masks[window]
+
+
+def which_are_read(lo: Tensor, hi: Tensor, rank: Tensor, here: Tensor, there: Tensor, window: int | None) -> Tensor:
+    """(B, R, K) bool: which keys each row reads, by its interval and, if there is one, the sliding window.
+
+    Args:
+        lo, hi: (B, R) int64, the intervals.
+        rank: (K,) int64, of the keys.
+        here, there: (B, R) and (B, K) int64, positions of rows and keys.
+        window: positions; None: no window.
+    """
+    mask = (rank >= lo[:, :, None]) & (rank < hi[:, :, None])
+    return mask if window is None else mask & ((here[:, :, None] - there[:, None]).abs() < window)
+
+
+def for_heads(mask: Tensor, repeats: int) -> Tensor:
+    """(B, R, K) -> (B, 1, repeats * R, K): the heads that share a key head are stacked as rows."""
+    B, R, K = mask.shape
+    return mask[:, None, None].expand(B, 1, repeats, R, K).reshape(B, 1, repeats * R, K)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the numbers that are added to scores: 0, or -inf where it is False."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def anyorder_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    anyorder_reads: Reads | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' interface: (B, H, R, D) queries in, (B, R, H, D) out.
+
+    A row whose window holds none of the keys in its interval reads nothing and gets zeros.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} uses {name}, which any-order attention does not implement")
+    if anyorder_reads is None:
+        if softcap is not None:
+            return _causal_softcap(query, key, value, attention_mask, scaling, dropout, softcap), None
+        kwargs.pop("is_causal", None)
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return out, None
+    layer = _layer_index(module)
+    anyorder_reads.calls.append((layer, sliding_window))
+    key, value = anyorder_reads.keys_values(layer, key, value)
+    run = _flex if anyorder_reads.implementation == "flex_attention" else _blocks
+    out = run(anyorder_reads, query, key, value, scaling, dropout, sliding_window, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _blocks(
+    reads: Reads,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    B, H, R, D = query.shape
+    G = key.shape[1]
+    grouped = query.reshape(B, G, H // G, R, D)
+    outputs = []
+    for rows, keys, mask in reads.plan(window, H // G, query.dtype if softcap is None else torch.bool):
+        q = grouped[:, :, :, rows].reshape(B, G, -1, D)
+        k, v = key[:, :, keys], value[:, :, keys]
+        if softcap is None:
+            out = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling)
+        else:
+            out = _explicit(q, k, v, mask, scaling, dropout, softcap)
+        outputs.append(out.reshape(B, H, -1, value.shape[-1]))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, dropout: float, softcap: float
+) -> Tensor:
+    """Attention with capped scores (Gemma 2), which SDPA does not offer."""
+    scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None and mask.dtype != torch.bool:  # additive: someone else's, in the plain base model
+        scores = scores + mask
+    elif mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    wide = torch.promote_types(scores.dtype, torch.float32)  # float64's least number is no number in float32
+    weights = scores.softmax(dim=-1, dtype=wide).to(q.dtype)
+    if mask is not None and mask.dtype == torch.bool:
+        weights = weights * mask  # a row that reads nothing gets zeros, as in SDPA
+    return nn.functional.dropout(weights, dropout) @ v
+
+
+def _causal_softcap(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float,
+) -> Tensor:
+    R, repeats = query.shape[2], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if mask is None:  # transformers leaves the mask out where causality says it all
+        K = key.shape[2]
+        mask = torch.ones(R, K, dtype=torch.bool, device=query.device).tril(K - R)
+    return _explicit(query, key, value, mask, scaling, dropout, softcap).transpose(1, 2).contiguous()
+
+
+def _flex(
+    reads: Reads,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    if dropout:
+        raise ValueError(f"flex_attention has no dropout: set the model's attention dropout ({dropout}) to 0")
+    # Under autocast rotated queries and keys are float32 and values are not; SDPA casts them by itself.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    repeats = query.shape[1] // key.shape[1]
+    if repeats & (repeats - 1):  # FlexAttention shares key heads only among powers of two
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    cap = None if softcap is None else functools.partial(_cap, softcap)
+    return _flex_kernel(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=cap,
+        block_mask=reads.block_mask(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        # The kernel for few queries (decoding) does not exist for every shape.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if query.is_cuda else None,
+    )
+
+
+@functools.cache
+def _flex_kernel(device_type: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Compiled, it never stores a score matrix. On the CPU the plain one serves: compiling takes longer than it saves.
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
+def _cap(softcap: float, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return softcap * torch.tanh(score / softcap)
+
+
+def _layer_index(module: nn.Module) -> int:
+    index = getattr(module, "layer_idx", None)
+    if index is None:
+        raise ValueError(f"{type(module).__name__} has no layer_idx, by which its keys and values are stored")
+    return int(index)
+
+
+def _common_start(ranks: Tensor, capacity: int) -> int | None:
+    if ranks.shape[1] == 0:
+        return 0
+    start = int(ranks[0, 0])
+    expected = torch.arange(start, start + ranks.shape[1], device=ranks.device)
+    return start if bool((ranks == expected).all()) and start + ranks.shape[1] <= capacity else None
+
+
+AttentionInterface.register(NAME, anyorder_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

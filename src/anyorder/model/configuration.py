@@ -1,0 +1,72 @@
+"""Config of a converted model: the base model's config, and the recipe of the conversion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from anyorder.core.layout import RECIPES
+
+
+class AnyOrderConfig(PretrainedConfig):
+    """Config of a converted model.
+
+    Args:
+        base_config: config of the wrapped causal LM, as an object or as a dict with its `model_type`.
+        recipe: "exact" (equal to its base before any training) or "paper" (A3 as published).
+        adapter: fields of an `adapters.Adapter`, or None: the weights are the model's own.
+        base: of an adapter: the base model's `name`, `revision` and `fingerprint`.
+    """
+
+    model_type = "anyorder"
+
+    def __init__(
+        self,
+        base_config: PretrainedConfig | dict[str, Any] | None = None,
+        recipe: str = "exact",
+        adapter: dict[str, Any] | None = None,
+        base: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+        if isinstance(base_config, dict):
+            if "model_type" not in base_config:
+                raise ValueError("base_config has no model_type: it must be the config of a causal LM")
+            base_config = AutoConfig.for_model(**base_config)
+        self.base_config = base_config
+        self.recipe = recipe
+        self.adapter = adapter
+        self.base = base
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """The base model's config: where Hugging Face tools look for vocabulary and sizes."""
+        return self if self.base_config is None else self.base_config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers'; where the base model lay on the machine that converted it stays out."""
+        out = super().to_dict()
+        if isinstance(out.get("base_config"), dict):
+            out["base_config"].pop("_name_or_path", None)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        # vocab_size, hidden_size, eos_token_id, ...: one concept, one place.
+        base = self.__dict__.get("base_config")
+        if base is None or name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return getattr(base, name)
+        except Exception as error:  # some configs refuse with errors of their own, where hasattr expects only this one
+            raise AttributeError(f"{base.model_type} config: {error}") from error
+
+
+def hub_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Those options of `from_pretrained` that say where on the hub a file lies."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    return {name: options[name] for name in names if name in options}
+
+
+AutoConfig.register(AnyOrderConfig.model_type, AnyOrderConfig)

@@ -1,0 +1,172 @@
+"""A plain causal LM -> a converted one, and the evidence that it is still itself.
+
+The second of two nets (the first: `compatibility`): converted rows run over a few tokens and their logits are compared
+with the base model's. So an architecture nobody thought of is refused on evidence, never converted into something else.
+
+Shapes: T tokens of the probe, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from anyorder.core.factorization import Factorization
+from anyorder.core.layout import lay_out
+from anyorder.model import adapters
+from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.model.compatibility import check_model, refuse
+from anyorder.model.configuration import AnyOrderConfig
+
+Model = TypeVar("Model", bound=AnyOrderPreTrainedModel)
+
+PROBE_LENGTH = 8
+PROBE_TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
+PROBE_TOLERANCE_16_BIT = 0.2
+"""Greatest root mean square difference of the probe's logits, relative to their spread. Kernels that round differently
+stay well under it; a mask or a position that is off by one gives about 1."""
+
+
+def convert(
+    cls: type[Model],
+    causal_lm: PreTrainedModel,
+    recipe: str = "exact",
+    adapter: str | adapters.Adapter | None = None,
+    attn_implementation: str = "sdpa",
+    base_name: str | None = None,
+    base_revision: str | None = None,
+) -> Model:
+    """Convert a loaded model, whose weights are shared and whose attention function is replaced.
+
+    Args:
+        cls: the class of the result.
+        causal_lm: the base model.
+        recipe, adapter, attn_implementation: as in `AnyOrderForCausalLM.from_causal_lm`.
+        base_name, base_revision: where an adapter finds its base again.
+
+    Raises:
+        ValueError: for an architecture that cannot be served, with the reason. The model stays as it was.
+    """
+    if isinstance(causal_lm, AnyOrderPreTrainedModel):
+        raise ValueError("this model is converted already: use from_pretrained, or convert its .causal_lm anew")
+    if isinstance(adapter, str):
+        adapter = adapters.Adapter(kind=adapter)  # type: ignore[arg-type]
+    check_model(causal_lm)
+    before, probed = causal_lm.config._attn_implementation, probe(causal_lm)
+    config = AnyOrderConfig(
+        base_config=causal_lm.config, recipe=recipe, attn_implementation=attn_implementation, dtype=causal_lm.dtype
+    )
+    try:
+        converted = cls(config, causal_lm)
+        converted.query_embedding.data.copy_(_mean_embedding(causal_lm.get_input_embeddings()))
+        check_conversion(converted, probed)
+        if adapter is not None:
+            config.adapter = dataclasses.asdict(adapter)
+            fingerprint = adapters.fingerprint(causal_lm)
+            config.base = {"name": base_name, "revision": base_revision, "fingerprint": fingerprint}
+            adapters.attach(causal_lm, adapter)
+            converted.query_embedding.data = converted.query_embedding.data.float()
+    except Exception:
+        causal_lm.set_attn_implementation(before)  # a model that is refused stays as it was
+        raise
+    return converted.train(causal_lm.training)
+
+
+@torch.no_grad()
+def _mean_embedding(embedding: nn.Module) -> Tensor:
+    """(E,) mean of what the embedding returns over the vocabulary, whatever scale the family applies."""
+    weight = cast(Tensor, embedding.weight)
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for ids in torch.arange(weight.shape[0], device=weight.device).split(8192):
+        total += embedding(ids).double().sum(dim=0)
+    return (total / weight.shape[0]).to(weight.dtype)
+
+
+@torch.no_grad()
+def probe(causal_lm: PreTrainedModel) -> tuple[Tensor, Tensor] | None:
+    """Token ids (1, T) spread over the vocabulary and the plain model's (T, V) logits; to be called before converting.
+
+    None for weights on the meta device, which have no values to compare.
+    """
+    weight = causal_lm.get_input_embeddings().weight
+    if weight.is_meta:
+        return None
+    ids = (torch.arange(1, PROBE_LENGTH + 1, device=weight.device)[None] * 7919 + 31) % weight.shape[0]
+    training = causal_lm.training
+    causal_lm.eval()
+    try:
+        return ids, causal_lm(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        causal_lm.train(training)
+
+
+@torch.no_grad()
+def check_conversion(model: AnyOrderPreTrainedModel, probed: tuple[Tensor, Tensor] | None) -> None:
+    """Raise ValueError unless the converted model, left to right, gives the logits that its base gave.
+
+    Its logits must also respond to positions: a model that numbers its inputs itself passes the first test.
+    """
+    if probed is None:
+        return
+    ids, base = probed
+    config = model.causal_lm.config
+    training = model.causal_lm.training
+    model.causal_lm.eval()
+    try:
+        ours, calls = probed_rows(model, ids)
+        stretched, _ = probed_rows(model, ids, stride=3)
+    except Exception as error:
+        refuse(config, f"its modelling code fails on rows of intervals: {type(error).__name__}: {error}")
+    finally:
+        model.causal_lm.train(training)
+    _check_calls(config, calls)
+    difference = float((ours.float() - base).square().mean().sqrt() / base.std().clamp(min=1e-6))
+    if not difference < PROBE_TOLERANCE.get(model.causal_lm.dtype, PROBE_TOLERANCE_16_BIT):
+        refuse(config, f"its logits change by {difference:.2g} of their spread when attention runs over intervals")
+    if torch.equal(stretched, ours):
+        refuse(config, "its modelling code ignores position_ids, so tokens cannot be sorted")
+
+
+def _check_calls(config: PretrainedConfig, calls: Sequence[tuple[int, int | None]]) -> None:
+    """One call of the attention function a layer, and every sliding layer must have told its window."""
+    layers = {layer for layer, _ in calls}
+    if len(layers) != config.num_hidden_layers:
+        refuse(config, f"{len(layers)} of its {config.num_hidden_layers} layers go through the attention interface")
+    if len(calls) != len(layers):
+        refuse(config, f"its {len(layers)} layers call attention {len(calls)} times; the cache keeps one call a layer")
+    told = sum(window is not None for _, window in calls)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        expected = list(layer_types).count("sliding_attention")
+    else:
+        expected = config.num_hidden_layers if getattr(config, "sliding_window", None) else 0
+    if told < expected:
+        refuse(config, f"{expected} of its layers have a sliding window, but only {told} tell the attention function")
+
+
+@torch.no_grad()
+def left_to_right_difference(model: AnyOrderPreTrainedModel, input_ids: Tensor) -> float:
+    """Greatest absolute difference between left-to-right logits of a converted model and of its base.
+
+    Args:
+        model: converted with the exact recipe.
+        input_ids: (B, T) int64, at least two tokens a row.
+    """
+    base = model.causal_lm(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    ours = model(input_ids).logits[:, 1:]
+    return float((base.float() - ours.float()).abs().max())
+
+
+def probed_rows(
+    model: AnyOrderPreTrainedModel, ids: Tensor, stride: int = 1
+) -> tuple[Tensor, list[tuple[int, int | None]]]:
+    """(T, V) logits of left-to-right content rows, `stride` positions apart, and every call of the attention."""
+    layout = lay_out(ids.cpu(), Factorization.left_to_right(ids.shape[1]), "exact")
+    rows = dataclasses.replace(layout.rows, positions=layout.rows.positions * stride)
+    hidden, reads = model.run_rows(rows, layout.key_positions * stride)
+    return model.head(hidden[0, : ids.shape[1]]), reads.calls

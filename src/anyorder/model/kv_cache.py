@@ -1,0 +1,76 @@
+"""Append-only store of keys and values in generation order.
+
+Committing a group appends its content rows; nothing stored is ever recomputed or moved, so cached decoding
+equals one parallel forward. The store knows ranks only: which token stands at a rank is the layout's business,
+and which row reads what is the attention's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KeyValueStore:
+    """Keys and values of content rows, by layer, row of the batch and rank.
+
+    Args:
+        capacity: ranks that can be stored: the columns of the batch. One more rank, number `capacity`, is the spare
+            one of `layout`: it takes what padding rows write, and no interval reaches it.
+
+    Buffers are allocated when a layer first writes, in that layer's own shape and dtype: 2 x batch x heads x
+    (capacity + 1) x head_dim elements a layer.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each layer, (B, heads, capacity + 1, head_dim); empty before the first forward."""
+        layers = [self._layers[layer] for layer in sorted(self._layers)]
+        return [key for key, _ in layers], [value for _, value in layers]
+
+    def of(self, batch: Tensor) -> KeyValueStore:
+        """A store of copies of some rows of the batch, (A,) int64: any of them, any number of times."""
+        store = KeyValueStore(self.capacity)
+        for layer, (key, value) in self._layers.items():
+            index = batch.to(key.device)
+            store._layers[layer] = key.index_select(0, index), value.index_select(0, index)
+        return store
+
+    def append(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> tuple[Tensor, Tensor]:
+        """Store new content rows and return the whole buffers, each (B, heads, capacity + 1, head_dim).
+
+        Args:
+            layer: index of the layer.
+            key, value: (B, heads, C, head_dim), the new content rows.
+            ranks: (B, C) int64 on the same device, the rank of each.
+            start: the first rank, if every row of the batch stores exactly `start .. start + C - 1`; None if the
+                rows differ. A plain copy is several times cheaper than a scattered one.
+
+        Keys that gradients flow through are returned in copies of the buffers and not kept: training reads them once,
+        and gradient checkpointing appends them again.
+        """
+        if layer not in self._layers:
+            B, heads, _, _ = key.shape
+            self._layers[layer] = (
+                key.new_zeros(B, heads, self.capacity + 1, key.shape[-1]),
+                value.new_zeros(B, heads, self.capacity + 1, value.shape[-1]),
+            )
+        buffers = self._layers[layer]
+        if key.requires_grad or value.requires_grad:
+            buffers = (buffers[0].clone(), buffers[1].clone())
+        for buffer, new in zip(buffers, (key, value), strict=True):
+            if start is not None:
+                buffer[:, :, start : start + new.shape[2]] = new
+            else:
+                scatter(buffer, new, ranks)
+        return buffers
+
+
+def scatter(buffer: Tensor, new: Tensor, ranks: Tensor) -> None:
+    """Write (B, heads, C, head_dim) into (B, C) ranks of a buffer (B, heads, capacity + 1, head_dim)."""
+    batch = torch.arange(new.shape[0], device=new.device)[:, None]
+    buffer[batch, :, ranks] = new.transpose(1, 2)

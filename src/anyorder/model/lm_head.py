@@ -1,0 +1,177 @@
+"""Hidden states -> logits, or losses without keeping them, by the base model's own forward over an identity decoder.
+
+Whatever a family does to its logits (caps, scales, biases) is done by its own code, without a copy of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+CHUNK = 256
+"""Predictions whose logits exist at the same time in `negative_log_likelihoods`: 256 x 49,152 floats are 50 MB."""
+CHUNK_ON_DEVICE = 1024
+"""The same on an accelerator, where small products leave most of it idle."""
+
+
+@dataclass
+class _IdentityOutput(ModelOutput):
+    """Every field that some causal LM's forward reads from its decoder's output."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    router_logits: Any = None
+
+
+class _IdentityDecoder(nn.Module):
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _IdentityOutput:
+        return _IdentityOutput(last_hidden_state=inputs_embeds)
+
+
+class _WithoutHooks(nn.Module):
+    """What a module computes, without what its hooks do."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._module = (module,)  # a tuple: its parameters are not this one's
+
+    def forward(self, *args: Any) -> Tensor:
+        (module,) = self._module
+        return cast(Tensor, type(module).forward(module, *args))
+
+
+def head_of(causal_lm: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """A function from (N, E) final hidden states to (N, V) logits."""
+    head = copy.copy(causal_lm)
+    head._modules = dict(causal_lm._modules)
+    head._modules[causal_lm.base_model_prefix] = _IdentityDecoder()
+    for name, module in head._modules.items():
+        if isinstance(module, FSDPModule):  # see `negative_log_likelihoods`
+            head._modules[name] = _WithoutHooks(cast(nn.Module, module))
+
+    def logits(hidden: Tensor) -> Tensor:
+        # The class's forward: one that a hook has put on the instance is bound to the whole model.
+        return cast(Tensor, type(head).forward(head, inputs_embeds=hidden[None], use_cache=False).logits[0])
+
+    return logits
+
+
+def logits_of(causal_lm: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(N, V) logits of (N, E) final hidden states."""
+    return head_of(causal_lm)(hidden)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Hidden states of the rows of one forward that predict something."""
+
+    hidden: Tensor
+    """(N, E), row by row of the batch, column by column."""
+    where: Tensor
+    """(B, T) bool on the same device: which tokens they predict."""
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(B, T, ...): (N, ...) values where they belong, 0 elsewhere."""
+        out = values.new_zeros(*self.where.shape, *values.shape[1:])
+        out[self.where] = values
+        return out
+
+
+class Predictor:
+    """The one place where logits and log-probabilities come from hidden states; targets are teacher-forced.
+
+    Args:
+        causal_lm: the base model, whose head it is.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel):
+        self.causal_lm = causal_lm
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V) logits of (N, E) final hidden states."""
+        return logits_of(self.causal_lm, hidden)
+
+    def losses(self, found: Predictions, targets: Tensor) -> Tensor:
+        """(N,) float32: -log p of (B, T) target ids at the predicted positions, in nats; 0 where the target is -100."""
+        chosen = targets.to(found.hidden.device)[found.where]
+        return negative_log_likelihoods(self.causal_lm, found.hidden, chosen)
+
+    def log_probs(self, found: Predictions, targets: Tensor) -> Tensor:
+        """(B, T) float32: log p of (B, T) target ids, in nats; 0 where nothing is predicted."""
+        return found.spread(-self.losses(found, targets).float())
+
+
+def negative_log_likelihoods(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(N,) float32 cross-entropy of (N,) target ids, in nats; 0 where the target is -100.
+
+    A few times CHUNK x V floats exist at a time. With a frozen head the gradient of each loss by its own hidden state
+    is made together with the loss; otherwise each chunk's logits are made again in the backward pass.
+    """
+
+    def chunk(states: Tensor, ids: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits_of(causal_lm, states).float(), ids, reduction="none")
+
+    def chunks(hidden: Tensor) -> Tensor:
+        size = CHUNK if hidden.device.type == "cpu" else CHUNK_ON_DEVICE
+        pairs = zip(hidden.split(size), targets.split(size), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([chunk(states, ids) for states, ids in pairs])
+        if hidden.requires_grad and not any(parameter.requires_grad for parameter in head.parameters()):
+            return torch.cat([cast(Tensor, _FrozenHeadLoss.apply(states, ids, causal_lm)) for states, ids in pairs])
+        return torch.cat([checkpoint(chunk, states, ids, use_reentrant=False) for states, ids in pairs])
+
+    if not hidden.shape[0]:
+        return hidden.sum() * hidden.new_zeros(0)
+    head = cast(nn.Module, causal_lm.get_output_embeddings())
+    return _as_one_call(head, chunks, hidden) if isinstance(head, FSDPModule) else chunks(hidden)
+
+
+def _as_one_call(module: nn.Module, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """The function, run as if it were the module's forward: FSDP gathers the module's weights before a call and lets
+    them go after that call's backward, in which every chunk needs them."""
+    module.forward = function
+    try:
+        return cast(Tensor, module(inputs))
+    finally:
+        del module.forward
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Each loss depends on its own hidden state alone, so its gradient needs no logits once it is made.
+
+    By the logits it is p - 1[target], from one softmax; autograd would keep three more tensors of their size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, ids: Tensor, causal_lm: PreTrainedModel) -> Tensor:
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            logits = logits_of(causal_lm, states)
+        counts = ids != -100
+        target = ids.where(counts, 0)[:, None]
+        p = logits.detach().softmax(dim=-1, dtype=torch.float32)
+        # The greatest p is never 0, so neither is its logarithm lost, as a small target's own would be.
+        log_sum = logits.detach().amax(dim=-1).float() - p.amax(dim=-1).log()
+        losses = (log_sum - logits.detach().gather(1, target)[:, 0].float()) * counts
+        p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand(len(ids), 1))
+        p *= counts[:, None]
+        (gradient,) = torch.autograd.grad(logits, states, p.to(logits.dtype))
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0][:, None].to(gradient.dtype), None, None

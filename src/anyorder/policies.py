@@ -1,0 +1,17 @@
+"""The public path of `anyorder.decoding.policies`."""
+
+from anyorder.decoding.policies import (
+    Dynamic,
+    GroupPolicy,
+    GroupWise,
+    Policy,
+    Speculative,
+    dynamic,
+    groupwise,
+    parse,
+    speculative,
+)
+
+__all__ = [
+    "Dynamic", "GroupPolicy", "GroupWise", "Policy", "Speculative", "dynamic", "groupwise", "parse", "speculative",
+]  # fmt: skip

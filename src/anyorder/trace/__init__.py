@@ -1,0 +1,1 @@
+"""What decoding did: recorded, shown live, drawn."""
