@@ -130,10 +130,10 @@ def test_another_blank_is_neither_read_nor_evidence(infiller):
 )  # fmt: skip
 def test_where_a_sentence_begins(infiller, text, opens):
     template = Template.parse(text)
-    tries = infiller._tries(template, [3] * template.blanks, 0, (1, 2))
+    tries = infiller._seeker.tries(template, [3] * template.blanks, 0, (1, 2))
     assert tries.opens is opens
     if template.blanks == 2:
-        assert not infiller._tries(template, [3, 3], 1, (1, 2)).opens
+        assert not infiller._seeker.tries(template, [3, 3], 1, (1, 2)).opens
 
 
 def test_texts_of_known_and_unknown_lengths_are_each_as_alone(infiller):

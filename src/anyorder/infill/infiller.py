@@ -3,8 +3,7 @@
 A blank is a set of positions, never a token id (`blanks`). The fixed pieces come back byte for byte: the result is
 glued from the original strings and the decoded blanks.
 
-A blank that is a choice of strings is decided before the others are filled (`choices`). So is the length of a blank of
-unknown length, by one forward over all that are tried (`lengths`); several such blanks are settled from left to right.
+What is unknown of the blanks, their lengths and the choices of strings, is found before they are filled (`seeking`).
 
 This module knows text and tokenizers; how tokens are predicted is `decoding`'s business.
 """
@@ -12,7 +11,7 @@ This module knows text and tokenizers; how tokens are predicted is `decoding`'s 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, overload
 
@@ -23,14 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from anyorder.core.factorization import Factorization
 from anyorder.core.rng import Generators, row_generators
 from anyorder.core.validation import check_options
-from anyorder.decoding.constraints import Automata, BlankConstraint, BlankConstraints, Choice, Constraint
+from anyorder.decoding.constraints import Automata, BlankConstraint, BlankConstraints, Constraint
 from anyorder.decoding.events import Watcher
 from anyorder.decoding.policies import Policy
 from anyorder.decoding.sampling import DRAWING, AllowedTokens, does_sample
-from anyorder.infill.choices import Decision, decide
 from anyorder.infill.encoding import Blanks, Encoded, by_blank, check_context, pad
-from anyorder.infill.lengths import DEFAULT, LengthPrior, Tries, candidates, median, provisional
+from anyorder.infill.lengths import DEFAULT, LengthPrior, candidates
 from anyorder.infill.pieces import Pieces
+from anyorder.infill.seeking import Seeker, Sought
 from anyorder.infill.template import Template
 from anyorder.model.compatibility import context_length
 from anyorder.modeling import AnyOrderForCausalLM
@@ -86,11 +85,12 @@ class Infiller:
         length_prior: LengthPrior | None = None,
     ):
         self.model, self.pieces = model, Pieces(tokenizer)
-        self.length_prior = LengthPrior.load() if length_prior is None else length_prior
         self._text_mask, self._space_mask = self.pieces.masks(model.vocabulary_size)
         self.start_token_id = self.pieces.start_token() if start_token_id is None else start_token_id
         self._blanks = Blanks(self.pieces, self.start_token_id, bool(self._space_mask.any()))
         self._automata = Automata(self._token_texts, model.vocabulary_size)
+        prior = LengthPrior.load() if length_prior is None else length_prior
+        self._seeker = Seeker(model, self._blanks, self._automata, prior)
 
     @overload
     def __call__(self, text: str, **options: Any) -> Infill: ...
@@ -132,74 +132,13 @@ class Infiller:
         check_options(options, self._fill, *_PASSED_ON, "blank", "length")
         blank, length = options.pop("blank", "___"), options.pop("length", DEFAULT)
         templates = [Template.parse(text, blank) for text in texts]
-        tried = [candidates(length, template.blanks) for template in templates]
-        sought = [self._seek(*row, options) for row in zip(templates, tried, strict=True)]
-        filled = self._fill(templates, [lengths for lengths, _ in sought], **options)
-        infills = [_with_lengths(one, found) for one, (_, found) in zip(filled, sought, strict=True)]
+        infills = self._fill(templates, [candidates(length, template.blanks) for template in templates], **options)
         return infills[0] if isinstance(text, str) else infills
-
-    # ------------------------------------------------------------------ unknown lengths
-
-    def _seek(
-        self, template: Template, tried: list[tuple[int, ...]], options: dict[str, Any]
-    ) -> tuple[list[int], dict[int, dict[int, float]]]:
-        """A length for each blank, and of those that were sought the probability of every length tried."""
-        constraints = _for_each_blank(options.get("constraints"), template.blanks)
-        suppressed = tuple(options.get("suppress_tokens", ()))
-        lengths = [provisional(one) for one in tried]
-        found: dict[int, dict[int, float]] = {}
-        for k, one in enumerate(tried):
-            if len(one) > 1 and not isinstance(constraints[k], Choice):
-                one = self._possible(template, lengths, k, one, constraints[k], suppressed)
-                shares = self.length_prior.probabilities(self._tries(template, lengths, k, one))
-                lengths[k], found[k] = one[median(shares)], dict(zip(one, shares.tolist(), strict=True))
-        return lengths, found
-
-    def _tries(self, template: Template, lengths: list[int], k: int, tried: Sequence[int]) -> Tries:
-        """What speaks for each length of blank k, the other blanks having the lengths given."""
-        encoded = self._blanks.encode(template, [*lengths[:k], tried[0], *lengths[k + 1 :]], {})
-        fixed = [column for column, blank in enumerate(encoded.blank) if blank < 0]
-        start = encoded.columns(k)[0]
-        given = [column for column in fixed if column < start]
-        opens = template.opens_a_sentence(k)
-        if len(tried) == 1 or len(given) == len(fixed):
-            return Tries(torch.tensor(tried), torch.zeros(len(tried)), opens)
-        behind = fixed[len(given)]
-        targets = [behind + n - tried[0] for n in tried]
-        ids = [[*encoded.ids[:start], *[0] * (target - start), encoded.ids[behind]] for target in targets]
-        orders = [Factorization.conditional([target], given, target + 1) for target in targets]
-        rows, order = pad(ids, 0), Factorization.stack(orders)
-        # Decoding rather than scoring: what all rows begin with is encoded once.
-        output = self.model.generate(
-            rows, factorization=order, forced_ids=rows, eos_token_id=(), return_dict_in_generate=True
-        )
-        assert not isinstance(output, Tensor)
-        return Tries(torch.tensor(tried), output.log_probs.sum(dim=1), opens)
-
-    def _possible(
-        self,
-        template: Template,
-        lengths: list[int],
-        k: int,
-        tried: tuple[int, ...],
-        constraint: Constraint | None,
-        suppressed: tuple[int, ...],
-    ) -> tuple[int, ...]:
-        """The lengths that fit into the context and the blank's pattern; if none does, one, which is then refused."""
-        limit = context_length(self.model.causal_lm.config)
-        fixed = len(self._blanks.encode(template, lengths, {}).ids) - lengths[k]
-        automaton = self._automata.of(constraint, self._blanks.eats_space(template, k), suppressed)
-        return tuple(
-            n
-            for n in tried
-            if (limit is None or fixed + n <= limit)
-            and (automaton is None or automaton.can_end(automaton.start, n))
-        ) or tried[:1]  # fmt: skip
 
     def _fill(
         self,
         templates: Sequence[Template],
-        lengths: Sequence[Sequence[int]],
+        tried: Sequence[Sequence[tuple[int, ...]]],
         group_size: int = 1,
         order: str = "left_to_right",
         policy: Policy | None = None,
@@ -217,11 +156,10 @@ class Infiller:
         do_sample = does_sample(sampling.get("do_sample"), generator, sampling)
         heat = (sampling.get("temperature") or 1.0) if do_sample else None
         sources = generators if generators is not None else [None] * len(templates)
-        rows = zip(templates, lengths, wanted, sources, strict=True)
-        decisions = [decide(self.model, self._blanks, *row, heat) for row in rows]
+        sought = self._seeker.seek(templates, tried, wanted, tuple(suppress_tokens), sources, heat)
         encoded = [
-            self._blanks.encode(template, own, {k: decision.ids for k, decision in decided.items()})
-            for template, own, decided in zip(templates, lengths, decisions, strict=True)
+            self._blanks.encode(template, own.lengths, {k: decision.ids for k, decision in own.decisions.items()})
+            for template, own in zip(templates, sought, strict=True)
         ]
         check_context(encoded, context_length(self.model.causal_lm.config))
         ids, blanks = pad([e.ids for e in encoded], 0), pad([e.blank for e in encoded], -1)
@@ -243,7 +181,7 @@ class Infiller:
             **sampling,
         )
         assert not isinstance(output, Tensor)
-        done = zip(templates, encoded, decisions, output.sequences, output.log_probs, strict=True)
+        done = zip(templates, encoded, sought, output.sequences, output.log_probs, strict=True)
         return [self._decode(*one, output.forwards) for one in done]
 
     # ------------------------------------------------------------------ text -> positions
@@ -291,14 +229,14 @@ class Infiller:
         self,
         template: Template,
         encoded: Encoded,
-        decisions: dict[int, Decision],
+        sought: Sought,
         ids: Tensor,
         log_probs: Tensor,
         forwards: int,
     ) -> Infill:
         blank = torch.tensor(encoded.blank)
         row, scores = ids[: len(blank)], log_probs[: len(blank)]
-        fills, totals = [], []
+        fills, totals, decisions = [], [], sought.decisions
         for k in range(template.blanks):
             if k in decisions:
                 fills.append(decisions[k].text)
@@ -309,15 +247,10 @@ class Infiller:
         text, offsets = template.fill(fills)
         choices = [decisions[k].probabilities if k in decisions else None for k in range(template.blanks)]
         spans = tuple(
-            Span(fill, start, end, total, int((blank == k).sum()), shares)
+            Span(fill, start, end, total, int((blank == k).sum()), shares, sought.shares.get(k))
             for k, (fill, total, shares, (start, end)) in enumerate(zip(fills, totals, choices, offsets, strict=True))
         )
-        return Infill(text, spans, sum(span.log_prob for span in spans), forwards)
-
-
-def _with_lengths(infill: Infill, found: dict[int, dict[int, float]]) -> Infill:
-    spans = tuple(replace(span, lengths=found.get(k)) for k, span in enumerate(infill.spans))
-    return replace(infill, spans=spans, forwards=infill.forwards + len(found))
+        return Infill(text, spans, sum(span.log_prob for span in spans), forwards + sought.forwards)
 
 
 def _for_each_blank(
