@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+BLANK = "___"
+"""What marks a blank unless something else is said; a longer run of underscores is one blank too."""
 _FULL_STOPS = (".", "!", "?", "…", "。", "！", "？")
 _CLOSING = "\"'”’»)]"
 
@@ -16,8 +19,8 @@ class Template:
     pieces: tuple[str, ...]
 
     @classmethod
-    def parse(cls, text: str, blank: str = "___") -> Template:
-        """Split at every occurrence of the marker.
+    def parse(cls, text: str, blank: str = BLANK) -> Template:
+        """Split at every occurrence of the marker. Of the default one, a run of three or more underscores is one blank.
 
         Raises:
             ValueError: if the marker is empty or does not occur.
@@ -26,7 +29,7 @@ class Template:
             raise ValueError(f"text and blank must be strings, got {type(text).__name__} and {type(blank).__name__}")
         if not blank:
             raise ValueError("the blank marker is empty")
-        pieces = tuple(text.split(blank))
+        pieces = tuple(re.split("_{3,}" if blank == BLANK else re.escape(blank), text))
         if len(pieces) == 1:
             raise ValueError(f"no blank in {_shorten(text)!r}: mark what is to be filled with {blank!r}")
         return cls(pieces)
