@@ -19,16 +19,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from anyorder import __version__
-from anyorder.cli.commands import (
-    add_adapt,
-    add_bench,
-    add_convert,
-    add_generate,
-    add_infill,
-    add_plot,
-    add_score,
-    add_show,
-)
+from anyorder.cli import adapt, bench, convert, generate, infill, plot, score, show
+
+_COMMANDS = (convert, adapt, generate, infill, score, bench, show, plot)
+"""Modules with `add(subparsers)`: one a command, in the order of the help page."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,10 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     _quieten(options)
     try:
-        options.run(options)
+        code = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has gone: no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -62,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         print(f"anyorder {options.command}: error: {name}{text or type(error).__name__}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,15 +69,32 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"anyorder {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", parser_class=_Parser)
-    for add in (add_convert, add_adapt, add_generate, add_infill, add_score, add_bench, add_show, add_plot):
-        add(subparsers)
+    for command in _COMMANDS:
+        command.add(subparsers)
     return parser
 
 
 def _quieten(options: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.DEBUG if options.debug else logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("anyorder").setLevel(logging.DEBUG if options.debug else logging.INFO)
-    if not options.debug:
-        warnings.simplefilter("ignore")
+    """Own messages on standard error; of libraries only errors, and bars only where someone can see them."""
+    own = logging.getLogger("anyorder")
+    own.setLevel(logging.DEBUG if options.debug else logging.INFO)
+    if options.debug:
+        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+        return
+    if (
+        not logging.getLogger().handlers and not own.handlers
+    ):  # a handler on the root would say what libraries say twice
+        own.addHandler(_handler())
+    warnings.simplefilter("ignore")
+    for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("torchao", "torch.utils._pytree"):  # noisy where PEFT imports them
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _handler() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    return handler

@@ -1,32 +1,44 @@
-"""What the commands share: options, reading texts, loading the model, printing."""
+"""Options that commands share, and what they mean once a command runs.
+
+Reading the arguments imports nothing heavy: what a value means to the library is found out when the command runs, and
+still before a model is loaded.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyorder.hub.resolve import DEFAULT_MODEL
-
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase, TorchAoConfig
-
     from anyorder.decoding.policies import Policy
     from anyorder.infill.lengths import Length
-    from anyorder.modeling import AnyOrderForCausalLM
-    from anyorder.trace.record import Recorder
+
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
 
 
-def add_command(subparsers: Any, name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
-    """One command, with the options that every command has."""
+def add_command(
+    subparsers: Any, name: str, run: Any, help_text: str, *examples: str, more: str = ""
+) -> argparse.ArgumentParser:
+    """One command, with the options that every command has.
+
+    Args:
+        subparsers: of the parser of all commands.
+        name: of the command.
+        run: is called with the options; returns an exit code, or None for 0.
+        help_text: what it does, in half a sentence.
+        examples: whole command lines.
+        more: sentences behind the help text, on the command's own page.
+    """
+    lines = "\n".join(f"example: {example}" for example in examples)
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", epilog=f"example: {example}"
+        name,
+        help=help_text,
+        description=f"{help_text[0].upper()}{help_text[1:]}. {more}".strip(),
+        epilog=lines,
+        formatter_class=_Page,
     )
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print one JSON object a result")
@@ -34,29 +46,14 @@ def add_command(subparsers: Any, name: str, run: Any, help_text: str, example: s
     return parser
 
 
-def add_texts(parser: argparse.ArgumentParser, help_text: str) -> None:
-    """Where texts come from."""
-    parser.add_argument("text", nargs="*", help=f"{help_text}; without it, or for a lone -, standard input")
-    parser.add_argument("--file", type=Path, metavar="PATH", help="read one text from a file")
-    parser.add_argument("--lines", action="store_true", help="with a file or standard input: one text a line")
+class _Page(argparse.HelpFormatter):
+    """Wraps all text but the examples, which are to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how to load it."""
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, metavar="NAME",
-        help=f"built-in name, directory, GGUF file or hub id; default: {DEFAULT_MODEL}",
-    )  # fmt: skip
-    parser.add_argument("--int8", action="store_true", help="hold the weights of linear layers in 8 bits, by torchao")
-    add_device(parser)
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """How to load a model."""
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...; default: cpu")
+# ---------------------------------------------------------------------- orders and policies
 
 
 def add_order(parser: argparse.ArgumentParser) -> None:
@@ -70,26 +67,37 @@ def add_order(parser: argparse.ArgumentParser) -> None:
 def add_policy(parser: argparse.ArgumentParser) -> None:
     """Which positions each step commits."""
     parser.add_argument(
-        "--policy", type=_policy, metavar="NAME[:OPTION=VALUE,...]",
+        "--policy", metavar="NAME[:OPTION=VALUE,...]",
         help="groupwise, dynamic (criterion, step_size, threshold, entropy_budget, spacing, window, "
         "reencode, max_revisions) or speculative "
         "(draft, draft_length), for example dynamic:criterion=entropy,step_size=4",
     )  # fmt: skip
 
 
-def _policy(text: str) -> Policy:
+def policy_of(options: argparse.Namespace) -> Policy | None:
+    """The policy that --policy names, if any.
+
+    Raises:
+        ValueError: if there is no such policy or option, or another option says what a step commits.
+    """
+    if options.policy is None:
+        return None
+    if options.group_size != 1:
+        raise ValueError(f"--group-size {options.group_size} and --policy both say what a step commits: choose one")
     from anyorder.decoding import policies
 
-    try:
-        return policies.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return policies.parse(options.policy)
+
+
+# ---------------------------------------------------------------------- sampling
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How tokens are drawn, and by what code."""
     parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the most likely")
-    parser.add_argument("--temperature", type=float, metavar="T", help="implies --sample")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="implies --sample; 0 takes the most likely tokens"
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="implies --sample")
     parser.add_argument("--top-p", type=float, metavar="P", help="implies --sample")
     parser.add_argument("--min-p", type=float, metavar="P", help="implies --sample")
@@ -98,56 +106,57 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="compiled code: minutes the first time, faster for good")
 
 
-def add_watching(parser: argparse.ArgumentParser) -> None:
-    """Seeing the order of generation."""
-    parser.add_argument("--watch", action="store_true", help="show the text as it fills, coloured by probability")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write what each step did, for anyorder plot")
-
-
-@contextmanager
-def watching(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: int) -> Iterator[Recorder | None]:
-    """Something that watches, if it was asked for; its trace is written at the end.
+def drawing_of(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The settings of drawing that the options name; None where the most likely token is taken.
 
     Raises:
-        ValueError: if a trace of several texts is asked for.
+        ValueError: if a value cannot be meant, or has no effect.
     """
-    from anyorder.trace.live import Live
-    from anyorder.trace.record import Recorder
+    given = {name: getattr(options, name) for name in DRAWING if getattr(options, name) is not None}
+    if given.get("temperature") == 0:
+        without = [f"--{name.replace('_', '-')}" for name in given if name != "temperature"]
+        if without:
+            raise ValueError(f"--temperature 0 takes the most likely token: leave out {', '.join(without)}")
+        return None
+    penalty = options.repetition_penalty
+    do_sample = bool(given) or options.sample
+    if given or penalty is not None:
+        from anyorder.decoding.sampling import Sampler
 
-    if options.trace is not None and texts > 1:
-        raise ValueError(f"--trace takes one text, got {texts}")
-
-    def text(token: int) -> str:
-        return "" if token in tokenizer.all_special_ids else tokenizer.decode([token])
-
-    watcher = Live(text) if options.watch else Recorder(text) if options.trace is not None else None
-    yield watcher
-    if isinstance(watcher, Live):
-        watcher.close()
-    if options.trace is not None and watcher is not None:
-        watcher.traces[0].save(options.trace)
+        Sampler(do_sample, **given, repetition_penalty=penalty)
+    return given if do_sample else None
 
 
 def sampling_options(options: argparse.Namespace, number: int) -> dict[str, Any]:
     """Options of `generate`; text number n draws from seed + n, whatever the other texts are."""
     import torch
 
-    chosen = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    do_sample = options.sample or bool(chosen)
+    drawing = drawing_of(options)
     generator = torch.Generator().manual_seed(options.seed + number)
     more = {"repetition_penalty": options.repetition_penalty, "compile": options.compile}
-    return {**chosen, "do_sample": do_sample, "generator": generator, **more}
+    return {**(drawing or {}), "do_sample": drawing is not None, "generator": generator, **more}
+
+
+# ---------------------------------------------------------------------- types
 
 
 def positive(text: str) -> int:
     """A whole number from 1 up, as an argparse type."""
+    return _at_least(1, text)
+
+
+def whole(text: str) -> int:
+    """A whole number from 0 up, as an argparse type."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
     return value
 
 
@@ -157,60 +166,26 @@ def length(text: str) -> Length:
     return "auto" if text == "auto" else (positive(lo), positive(hi)) if dash else positive(text)
 
 
-def read_texts(options: argparse.Namespace) -> list[str]:
-    """The texts that the options name, as they are: line ends and all."""
-    if options.file is not None:
-        if options.text:
-            raise ValueError("give texts as arguments or with --file, not both")
-        read = _decoded(options.file.read_bytes(), str(options.file))
-    elif options.text and options.text != ["-"]:
-        if options.lines:
-            raise ValueError("--lines is for --file and standard input; texts in the arguments are one each")
-        return [_decoded(os.fsencode(text), "an argument") for text in options.text]
-    else:
-        read = _decoded(sys.stdin.buffer.read(), "standard input")
-    read = read.removesuffix("\n")
-    # Line feeds alone end a line: str.splitlines would cut at form feeds and Unicode separators too.
-    return [line.removesuffix("\r") for line in read.split("\n")] if options.lines else [read]
+# ---------------------------------------------------------------------- files
 
 
-def _decoded(data: bytes, source: str) -> str:
-    """As bytes until here, so that line ends come through unchanged."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+def check_file_to_write(name: str, file: Path) -> None:
+    """Raise ValueError if a file could not be written, before anything is paid for what is to be in it."""
+    if file.is_dir():
+        raise ValueError(f"{name} {file} is a directory: name a file")
+    if not file.parent.is_dir():
+        raise ValueError(f"{name} {file}: there is no directory {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f"{name} {file} may not be written: choose another place")
 
 
-def load_model(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
-    """The converted model and its tokenizer; `more` goes to `sources.load`."""
-    import torch
-
-    from anyorder.loading import load
-
-    if getattr(options, "int8", False):
-        more["quantization_config"] = _int8()
-    dtype: torch.dtype = getattr(torch, options.dtype)
-    device = torch.device(options.device)
-    model, tokenizer = load(options.model, recipe=getattr(options, "recipe", None), dtype=dtype, **more)
-    return model.to(device), tokenizer
-
-
-def _int8() -> TorchAoConfig:
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig
-    except ImportError as error:
-        raise ValueError("--int8 needs torchao: pip install 'anyorder[int8]'") from error
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-def progress(texts: list[str]) -> Iterator[str]:
-    """The texts, with a progress bar where someone can see it."""
-    from tqdm import tqdm
-
-    yield from tqdm(texts, unit="text", file=sys.stderr, disable=len(texts) < 2 or not sys.stderr.isatty())
+def check_directory_to_write(name: str, directory: Path) -> None:
+    """Raise ValueError if a directory could not be made, or nothing written in it."""
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{name} {directory}: {nearest} is a file; choose a directory")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"{name} {directory}: {nearest} may not be written in; choose another place")
 
 
 def print_json(record: dict[str, Any]) -> None:

@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyorder.core.validation import check_options
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -353,6 +351,8 @@ def _training_arguments(pairs: list[str]) -> dict[str, Any]:
     """`name=value` pairs, values in YAML, for what TrainingArguments has and the command has no option for."""
     import yaml
     from transformers import TrainingArguments
+
+    from anyorder.core.validation import check_options
 
     values = {}
     for pair in pairs:

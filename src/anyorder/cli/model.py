@@ -1,0 +1,78 @@
+"""Which model a command works with: its options, and loading it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from anyorder.hub.resolve import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, TorchAoConfig
+
+    from anyorder.modeling import AnyOrderForCausalLM
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how to load it."""
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="NAME",
+        help=f"built-in name, directory, GGUF file or hub id; default: {DEFAULT_MODEL}",
+    )  # fmt: skip
+    parser.add_argument("--int8", action="store_true", help="hold the weights of linear layers in 8 bits, by torchao")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """How to load a model."""
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...; default: cpu")
+
+
+def load_model(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
+    """The converted model and its tokenizer; `more` goes to `load`.
+
+    Raises:
+        ValueError: if there is no such model or device.
+    """
+    import torch
+
+    device = find_device(options.device)
+    if getattr(options, "int8", False):
+        more["quantization_config"] = _int8()
+    from anyorder.loading import load
+
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    model, tokenizer = load(options.model, recipe=getattr(options, "recipe", None), dtype=dtype, **more)
+    return model.to(device), tokenizer
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: if there is none, or none on this machine.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)  # a device that torch knows may not be there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(f"--device {name!r} cannot be used; this machine has {', '.join(here)}") from error
+    return device
+
+
+def _int8() -> TorchAoConfig:
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+    except ImportError as error:
+        raise ValueError("--int8 needs torchao: pip install 'anyorder[int8]'") from error
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
