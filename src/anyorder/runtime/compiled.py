@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 
 from anyorder.model.base import AnyOrderPreTrainedModel
-from anyorder.runtime.cuda_graphs import CudaGraphRunner
-from anyorder.runtime.packages import PackagedRunner
 from anyorder.runtime.static_shapes import StaticRunner
 
 
@@ -17,6 +15,14 @@ def compiled_runner(model: AnyOrderPreTrainedModel) -> StaticRunner:
         with suppress(ValueError):
             kept.check()
             return kept
-    made = (PackagedRunner if model.device.type == "cpu" else CudaGraphRunner)(model)
+    made: StaticRunner
+    if model.device.type == "cpu":
+        from anyorder.runtime.packages import PackagedRunner  # compilers take seconds to import
+
+        made = PackagedRunner(model)
+    else:
+        from anyorder.runtime.cuda_graphs import CudaGraphRunner
+
+        made = CudaGraphRunner(model)
     model.__dict__["_compiled_runner"] = made  # not a module of the model's
     return made

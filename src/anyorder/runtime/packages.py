@@ -3,7 +3,10 @@
 AOTInductor compiles what torch.export traces, with the weights frozen into the code as its kernels want them, so that a
 package of code is about as large as the model. Packages are kept in `compiled` under the cache directory, a folder for
 each state of a model: weights, configuration, modules and their numbers, the processor, the number of threads, and the
-versions of whatever wrote the code. Folders that were read longest ago make room for new packages.
+versions of whatever wrote the code. Packages that were read longest ago make room for new ones, on disk and in memory.
+
+A package is executable code, so it is loaded only from a folder that belongs to this user and that nobody else writes
+to.
 
 This module knows a model's state and a folder; what the functions compute it does not.
 """
@@ -16,7 +19,8 @@ import json
 import logging
 import os
 import platform
-import shutil
+import secrets
+import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,7 +43,11 @@ from anyorder.runtime.static_shapes import StaticRunner
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 16 << 30
-"""Of all packages together."""
+"""Of all packages on disk together."""
+MOST_LOADED_BYTES = 8 << 30
+"""Of the weights in all loaded functions of a model together: each holds them about twice."""
+LEAST_LOADED = 4
+"""Loaded functions that are kept however large the model: a step alternates between its forward and its head."""
 _WRITERS = ("torch", "transformers", "peft", "torchao")
 
 
@@ -63,6 +71,8 @@ class PackagedRunner(StaticRunner):
     def __init__(self, model: AnyOrderPreTrainedModel):
         super().__init__(model)
         self._packages: Packages | None = None
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.most_built = max(LEAST_LOADED, MOST_LOADED_BYTES // (2 * weights))
 
     def build(self, name: str, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> Callable[..., Tensor]:
         if self._packages is None:
@@ -92,19 +102,24 @@ class Packages:
                 does not check them.
 
         Raises:
-            ValueError: if the folder cannot be written to.
+            ValueError: if the folder cannot be written to, or others than this user could have written to it.
         """
         file = self.folder / f"{name}.pt2"
         if not zipfile.is_zipfile(file):
             if file.exists():
                 logger.warning("%s is damaged: it is compiled anew", file)
             self._write(file, function, inputs)
-        os.utime(self.folder)
+        for path in (self.folder, file):
+            _check_owner(path)
+        with suppress(OSError):  # a cache that cannot be written to still serves
+            os.utime(file)
         return cast(Callable[..., Tensor], torch._inductor.aoti_load_package(str(file)))
 
     def _write(self, file: Path, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> None:
         with self._folder_errors():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+        _check_owner(self.folder)
         logger.info("compiling %s once, to %s", file.stem, self.folder)
         # Quantised weights cannot be traced in inference mode, in which decoding runs.
         with torch.inference_mode(False), torch.no_grad(), torch._inductor.config.patch(self.settings):
@@ -112,17 +127,18 @@ class Packages:
             exported = torch.export.export(_Whole(self.model, function), inputs, strict=False)
             options = {**self.settings, "aot_inductor.package": True}
             made: Any = torch._inductor.aot_compile(exported.module(check_guards=False), inputs, options=options)
-        part = file.with_name(f"{file.stem}.{os.getpid()}.part.pt2")
+        part = file.with_name(f"{file.stem}.{secrets.token_hex(8)}.part.pt2")  # process ids repeat on other hosts
         try:
             with self._folder_errors():
                 package_aoti(str(part), made)
+                os.chmod(part, 0o600)
                 os.replace(part, file)
         finally:
             part.unlink(missing_ok=True)
             for path in made:  # inductor's own copy
                 if isinstance(path, str) and path.endswith(".so"):
                     Path(path).unlink(missing_ok=True)
-        _make_room(self.folder)
+        _make_room(file)
 
     @contextmanager
     def _folder_errors(self) -> Iterator[None]:
@@ -152,8 +168,9 @@ def state_of(model: PreTrainedModel, settings: dict[str, Any]) -> str:
     config = {key: value for key, value in model.config.to_dict().items() if key not in ("base", "_name_or_path")}
     facts = [config, settings, _versions(), torch.get_num_threads(), _processor(), str(model)]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    for source in sorted(Path(__file__).parents[1].glob("[cmr]*/*.py")):  # core, model, runtime
-        digest.update(source.read_bytes())
+    for package in ("core", "model", "runtime"):
+        for source in sorted((Path(__file__).parents[1] / package).glob("*.py")):
+            digest.update(source.read_bytes())
     for name, module in model.named_modules():
         digest.update(f"{name} {_numbers(module)}\n".encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -187,23 +204,29 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
 
 
+def _check_owner(path: Path) -> None:
+    """Raise ValueError unless a path belongs to this user and nobody else may write to it."""
+    if not hasattr(os, "getuid"):
+        return
+    found = path.stat()
+    if found.st_uid not in (os.getuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"compiled code in {path} is not loaded: others than you can write there. Delete it, or name a folder of "
+            "your own in ANYORDER_CACHE"
+        )
+
+
 def _make_room(newest: Path) -> None:
-    """Delete the folders read longest ago until the rest holds no more than `MOST_BYTES`."""
-    folders = {folder: _age_and_size(folder) for folder in newest.parent.iterdir() if folder.is_dir()}
-    total = sum(size for _, size in folders.values())
-    for folder, (_, size) in sorted(folders.items(), key=lambda item: item[1][0]):
-        if folder != newest and total > MOST_BYTES:
-            logger.info("deleting the compiled code in %s to make room", folder)
-            shutil.rmtree(folder, ignore_errors=True)
+    """Delete the packages read longest ago until the rest holds no more than `MOST_BYTES`."""
+    found = []
+    for file in newest.parent.parent.glob("*/*.pt2"):
+        with suppress(FileNotFoundError):  # another process may have deleted or renamed it meanwhile
+            found.append((file.stat().st_mtime, file.stat().st_size, file))
+    total = sum(size for _, size, _ in found)
+    for _, size, file in sorted(found):
+        if file != newest and total > MOST_BYTES:
+            logger.info("deleting the compiled code in %s to make room", file)
+            file.unlink(missing_ok=True)
             total -= size
-
-
-def _age_and_size(folder: Path) -> tuple[float, int]:
-    """When it was last read from, and its bytes; what another process deletes or renames meanwhile counts nothing."""
-    read, size = 0.0, 0
-    with suppress(FileNotFoundError):
-        read = folder.stat().st_mtime
-        for file in folder.iterdir():
-            with suppress(FileNotFoundError):
-                size += file.stat().st_size
-    return read, size
+            with suppress(OSError):  # other packages of the same model may remain
+                file.parent.rmdir()

@@ -94,12 +94,14 @@ class StaticRunner(ModelRunner):
     """
 
     keeps_batch = True  # another batch would be another shape
+    most_built: int = 256
+    """Functions that are kept; the one used longest ago makes room for a new one."""
 
     def __init__(self, model: AnyOrderPreTrainedModel):
         self.model = model
         self._made_of = weights_of(model)
-        self._forwards: dict[Shape, Callable[..., Tensor]] = {}
-        self._heads: dict[tuple[int, bool], Callable[[Tensor], Tensor]] = {}
+        self._built: dict[str, Callable[..., Tensor]] = {}  # the one used longest ago first
+        self._shapes: list[Shape] = []
         self._adapted = adapters.first_layer(model)
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -110,7 +112,7 @@ class StaticRunner(ModelRunner):
 
     @property
     def shapes(self) -> list[Shape]:
-        return list(self._forwards)
+        return list(self._shapes)
 
     @abstractmethod
     def build(self, name: str, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> Callable[..., Tensor]:
@@ -141,10 +143,10 @@ class StaticRunner(ModelRunner):
         padded = [_padded(getattr(rows, name), C, C_, Q_, filler) for name, filler in _PADDING.items()]
         padded += [_right(rows.ranks, C_, store.capacity), _right(key_positions, K, 0)]
         inputs = (*(tensor.contiguous().to(device) for tensor in padded), keys, values)
-        if shape not in self._forwards:
-            name = f"rows-{B}-{C_}-{Q_}-{K}" + "-open" * some_open + self._suffix
-            self._forwards[shape] = self.build(name, self._step(some_open), inputs)
-        hidden = self.call(self._forwards[shape], inputs)
+        if shape not in self._shapes:
+            self._shapes.append(shape)
+        name = f"rows-{B}-{C_}-{Q_}-{K}" + "-open" * some_open + self._suffix
+        hidden = self.call(self._function(name, lambda: self._step(some_open), inputs), inputs)
         return torch.cat([hidden[:, :C], hidden[:, C_ : C_ + Q]], dim=1)
 
     def call(self, forward: Callable[..., Tensor], inputs: tuple[Any, ...]) -> Tensor:
@@ -156,12 +158,20 @@ class StaticRunner(ModelRunner):
         if N > MOST_ROWS:
             return self.model.head(hidden)
         padded = nn.functional.pad(hidden, (0, 0, 0, N - len(hidden))).contiguous()
-        shape = (N, self._adapters_are_on)
-        if shape not in self._heads:
-            function = head_of(self.model.causal_lm)
-            self._heads[shape] = self.build(f"head-{N}{self._suffix}", function, (padded,))
-        logits = self._heads[shape](padded)[: len(hidden)]
+        head = self._function(f"head-{N}{self._suffix}", lambda: head_of(self.model.causal_lm), (padded,))
+        logits = head(padded)[: len(hidden)]
         return logits.clone() if logits.is_cuda else logits  # the graph's next replay writes over its own
+
+    def _function(
+        self, name: str, make: Callable[[], Callable[..., Tensor]], inputs: tuple[Any, ...]
+    ) -> Callable[..., Tensor]:
+        """The built function of a name, which says all that tells it from others of this model."""
+        if name not in self._built:
+            while len(self._built) >= self.most_built:
+                del self._built[next(iter(self._built))]
+            self._built[name] = self.build(name, make(), inputs)
+        self._built[name] = found = self._built.pop(name)
+        return found
 
     @property
     def _adapters_are_on(self) -> bool:

@@ -1,4 +1,4 @@
-"""Compiled code on disk: the same function, found again by the same model only, and never half written."""
+"""Compiled code for the CPU: the same steps, on disk for the same model only, never half written or anyone else's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch._inductor
 
+from anyorder import Factorization, policies
 from anyorder.model.lm_head import head_of
-from anyorder.runtime import packages as aot
+from anyorder.runtime import packages
+from anyorder.runtime.compiled import compiled_runner
 from architectures import converted, gated
+from decoding_runs import run
 
 # Inductor's own imports warn of what PyTorch deprecates.
 pytestmark = [
@@ -28,7 +31,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(aot, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(packages, "cache_directory", lambda: tmp_path)
     return tmp_path
 
 
@@ -36,7 +39,7 @@ def head(model):
     """Its head by compiled code, the same by eager code, and hidden states for it."""
     hidden = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     function = head_of(model.causal_lm)
-    compiled = aot.Packages(model, SETTINGS).load("head-2", function, (hidden,))
+    compiled = packages.Packages(model, SETTINGS).load("head-2", function, (hidden,))
     return compiled(hidden), function(hidden).detach()
 
 
@@ -71,19 +74,19 @@ def test_code_is_compiled_once_and_again_when_it_is_damaged(model, cache, monkey
 
 def test_whatever_code_depends_on_is_in_the_name_of_its_folder(monkeypatch):
     model = gated("llama")
-    names = [aot.state_of(model, SETTINGS)]
-    assert aot.state_of(copy.deepcopy(model), SETTINGS) == names[0]
-    names.append(aot.state_of(model, {"freezing": False}))
+    names = [packages.state_of(model, SETTINGS)]
+    assert packages.state_of(copy.deepcopy(model), SETTINGS) == names[0]
+    names.append(packages.state_of(model, {"freezing": False}))
     for change in CHANGES:
         other = copy.deepcopy(model)
         change(other)
-        names.append(aot.state_of(other, SETTINGS))
+        names.append(packages.state_of(other, SETTINGS))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    names.append(aot.state_of(model, SETTINGS))
-    monkeypatch.setattr(aot, "_processor", lambda: "another")
-    names.append(aot.state_of(model, SETTINGS))
-    monkeypatch.setattr(aot, "version", lambda package: "99")
-    names.append(aot.state_of(model, SETTINGS))
+    names.append(packages.state_of(model, SETTINGS))
+    monkeypatch.setattr(packages, "_processor", lambda: "another")
+    names.append(packages.state_of(model, SETTINGS))
+    monkeypatch.setattr(packages, "version", lambda package: "99")
+    names.append(packages.state_of(model, SETTINGS))
     assert len(set(names)) == len(names) == 5 + len(CHANGES)
 
 
@@ -121,24 +124,65 @@ def test_a_folder_that_cannot_be_written_to_is_one_clear_error(model, cache, mon
             out.write("half")
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
-    monkeypatch.setattr(aot, "package_aoti", full)
+    monkeypatch.setattr(packages, "package_aoti", full)
     with pytest.raises(ValueError, match=r"failed writing file. Give it room, .*ANYORDER_CACHE"):
         head(model)
     assert list(cache.glob("compiled/*/*")) == []
 
 
-def test_what_was_read_longest_ago_makes_room(model, cache, monkeypatch):
-    for name, age in (("older", 1), ("old", 2)):
-        folder = cache / "compiled" / name
-        folder.mkdir(parents=True)
-        (folder / "code.pt2").write_bytes(b"0" * 1000)
-        aot.os.utime(folder, (age, age))
-    (cache / "compiled" / "old" / "renamed meanwhile").symlink_to("nowhere")
-    newest = cache / "compiled" / "newest"
-    newest.mkdir()
-    (newest / "code.pt2").write_bytes(b"0" * 5000)
-    left = lambda: sorted(folder.name for folder in (cache / "compiled").iterdir())  # noqa: E731
-    for room, expected in ((7000, ["newest", "old", "older"]), (6000, ["newest", "old"]), (100, ["newest"])):
-        monkeypatch.setattr(aot, "MOST_BYTES", room)
-        aot._make_room(newest)
-        assert left() == expected
+def test_packages_read_longest_ago_make_room_one_by_one(cache, monkeypatch):
+    files = []
+    for age, name in enumerate(("one/rows-1", "one/rows-2", "two/rows-1", "one/head-2")):
+        file = cache / "compiled" / f"{name}.pt2"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"0" * 1000)
+        packages.os.utime(file, (age, age))
+        files.append(file)
+    (cache / "compiled" / "one" / "renamed meanwhile.pt2").symlink_to("nowhere")
+    for room, left in ((4000, files), (2999, files[2:]), (10, files[-1:])):
+        monkeypatch.setattr(packages, "MOST_BYTES", room)
+        packages._make_room(files[-1])
+        assert [file for file in files if file.exists()] == left
+    assert not (cache / "compiled" / "two").exists()
+
+
+def test_code_that_others_could_have_written_is_not_loaded(model, cache):
+    head(model)
+    (file,) = cache.glob("compiled/*/*.pt2")
+    for path in (file, file.parent):
+        mode = path.stat().st_mode
+        assert mode & 0o077 == 0
+        path.chmod(mode | 0o002)
+        with pytest.raises(ValueError, match="is not loaded: others than you can write there"):
+            head(model)
+        path.chmod(mode)
+    head(model)
+
+
+def test_a_cache_that_cannot_be_written_to_still_serves(model, cache, monkeypatch):
+    expected, _ = head(model)
+
+    def read_only(*arguments, **options):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(packages.os, "utime", read_only)
+    forbid_compiling(monkeypatch)
+    assert torch.equal(head(model)[0], expected)
+
+
+def test_compiled_steps_are_the_eager_ones_before_and_after_the_weights_change(cache, monkeypatch):
+    """The one real case: a gated model through the compiler, and again when its weights are others."""
+    monkeypatch.setitem(packages.ON_CPU, "max_autotune", False)  # chooses among kernels: minutes, and speed alone
+    model = gated("llama", num_hidden_layers=1)
+    order, ids = Factorization.left_to_right(14, 5, given=4), torch.arange(3, 17)[None]
+
+    def log_probs(**options):
+        return run(model, ids, order, policy=policies.groupwise(5), forced_ids=ids, **options).log_probs
+
+    before = log_probs(compile=True)
+    torch.testing.assert_close(before, log_probs(), atol=1e-5, rtol=0)
+    assert compiled_runner(model).shapes
+    model.load_state_dict({name: tensor * 0.5 for name, tensor in model.state_dict().items()})
+    after = log_probs(compile=True)
+    torch.testing.assert_close(after, log_probs(), atol=1e-5, rtol=0)
+    assert (after - before).abs().max() > 1e-2
