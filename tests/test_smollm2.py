@@ -16,6 +16,9 @@ pytestmark = pytest.mark.smollm2
 
 PROMPTS = [
     "Once upon a time",
+    "def quicksort(values):",
+]
+MORE_PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):",
     "In 1969, the first",
@@ -30,7 +33,7 @@ PARAGRAPH = (
 @torch.no_grad()
 def test_left_to_right_is_the_base_model(smollm2):
     model, tokenizer = smollm2
-    for text in (PARAGRAPH, *PROMPTS):
+    for text in (PARAGRAPH, *PROMPTS, *MORE_PROMPTS):
         ids = torch.tensor([tokenizer.encode(text)])
         base = model.causal_lm(input_ids=ids).logits[:, :-1]
         ours = model(ids).logits[:, 1:]
@@ -41,19 +44,21 @@ def test_left_to_right_is_the_base_model(smollm2):
         torch.testing.assert_close(got, scores, atol=1e-4, rtol=0)
 
 
-def test_greedy_generation_is_the_base_models_own(smollm2):
+@pytest.mark.parametrize("prompts", [PROMPTS, pytest.param(MORE_PROMPTS, marks=pytest.mark.slow)], ids=["", "more"])
+def test_greedy_generation_is_the_base_models_own(smollm2, prompts):
     model, tokenizer = smollm2
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         expected = model.causal_lm.generate(ids, max_new_tokens=48, do_sample=False)
         assert torch.equal(model.generate(ids, max_new_tokens=48, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("draft", ["query", "ngram"])
-def test_greedy_speculative_is_greedy_one_at_a_time(smollm2, draft):
+@pytest.mark.parametrize("prompts", [PROMPTS, pytest.param(MORE_PROMPTS, marks=pytest.mark.slow)], ids=["", "more"])
+def test_greedy_speculative_is_greedy_one_at_a_time(smollm2, draft, prompts):
     model, tokenizer = smollm2
     policy = policies.speculative(draft=draft, draft_length=3)
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         expected = model.generate(ids, max_new_tokens=48, return_dict_in_generate=True)
         output = model.generate(ids, max_new_tokens=48, policy=policy, return_dict_in_generate=True)
@@ -143,6 +148,7 @@ json.dump({"weights": weights, "peak": peak, "finite": bool(scores.isfinite().al
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's own peak of memory")
 def test_scoring_4096_tokens_stays_under_3_gib_over_the_weights(smollm2):
     """The logits alone would be 0.8 GB, a square float mask of both streams 134 MB a layer."""
