@@ -71,13 +71,25 @@ def test_saved_and_drawn(tmp_path):
         draw(trace, tmp_path / f"order.{kind}")
     page = (tmp_path / "order.html").read_text()
     assert page.count("</script>") == 1
-    data = page.split("const trace=")[1].split(",colours=")[0].replace("<\\/", "</")
+    data = page.split("const trace=")[1].split(",colours=")[0]
     assert json.loads(data)["given"] == trace.given
     assert "http" not in page
     from PIL import Image
 
     with Image.open(tmp_path / "order.gif") as film:
         assert film.n_frames == 3
+
+
+@pytest.mark.parametrize("text", ["<!--<script>", "</script>", "<!-- <SCRIPT", "]]><p>", "\\u003c", "\u2028"])
+def test_no_text_ends_the_script_of_the_page(tmp_path, text):
+    """HTML 13.2.5.4: in a script's data, `<!--` and `<script` hide the next `</script>`; so no `<` is left in it."""
+    trace = Trace([text, None], [Filled(1, text, -0.1, 0)])
+    draw(trace, tmp_path / "order.html")
+    page = (tmp_path / "order.html").read_text(encoding="utf-8")
+    data = page.split("const trace=")[1].split(",colours=")[0]
+    assert "<" not in data
+    assert json.loads(data)["given"] == trace.given
+    assert json.loads(data)["filled"][0]["text"] == text
 
 
 def test_mistakes(tmp_path):

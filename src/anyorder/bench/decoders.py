@@ -40,10 +40,12 @@ class Decoder(ABC):
     Attributes:
         name: in the tables.
         by_row: whether the seeds alone decide what a row gets, whatever batch it is in.
+        compiled: whether it runs compiled code; only decoders that are alike in this are compared in speed.
     """
 
     name: str
     by_row: bool = True
+    compiled: bool = False
 
     @abstractmethod
     def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
@@ -81,7 +83,7 @@ class AnyOrder(Decoder):
     def __init__(
         self, model: AnyOrderForCausalLM, policy: Policy, name: str, sampling: Sampling | None, compile: bool = False
     ):
-        self.model, self.policy, self.sampling, self.compile = model, policy, sampling, compile
+        self.model, self.policy, self.sampling, self.compiled = model, policy, sampling, compile
         self.name = name + ", greedy" * (sampling is None) + COMPILED * compile
 
     def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
@@ -93,7 +95,7 @@ class AnyOrder(Decoder):
             ids,
             max_new_tokens=new,
             policy=self.policy,
-            compile=self.compile,
+            compile=self.compiled,
             eos_token_id=(),
             return_dict_in_generate=True,
             **draws,
@@ -103,30 +105,18 @@ class AnyOrder(Decoder):
 
 
 class Foreign(Decoder):
-    """A function `f(model, input_ids, max_new_tokens, seeds)` out of a Python file, given the base model.
+    """Someone else's function, given the base model.
 
-    It returns (B, P + N) ids, or these and its number of forwards.
-
-    Raises:
-        ValueError: if there is no such file or function.
+    Args:
+        function: `f(model, input_ids, max_new_tokens, seeds)` -> (B, P + N) ids, or these and the number of forwards.
+        name: in the tables.
+        model: a converted model, whose base it is given.
     """
 
     by_row = False
 
-    def __init__(self, place: str, model: AnyOrderForCausalLM):
-        file, colon, function = place.rpartition(":")
-        if not colon or not Path(file).is_file():
-            raise ValueError(f"--against {place!r} must be FILE.py:FUNCTION, and the file must exist")
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        assert spec is not None
-        if spec.loader is None:
-            raise ValueError(f"--against {place!r}: {file} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, function, None)):
-            raise ValueError(f"--against {place!r}: {file} has no function {function!r}")
-        self.function: Callable[..., Any] = getattr(module, function)
-        self.name, self.base = f"{Path(file).stem}:{function}", model.causal_lm
+    def __init__(self, function: Callable[..., Any], name: str, model: AnyOrderForCausalLM):
+        self.function, self.name, self.base = function, name, model.causal_lm
 
     def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
         out = self.function(self.base, ids, new, list(seeds))
@@ -135,3 +125,23 @@ class Foreign(Decoder):
             found = tuple(sequences.shape) if isinstance(sequences, Tensor) else type(sequences).__name__
             raise ValueError(f"{self.name} returned {found}, not ids of shape {(ids.shape[0], ids.shape[1] + new)}")
         return Continuation(sequences, forwards)
+
+
+def foreign_function(place: str) -> tuple[Callable[..., Any], str]:
+    """The function that `FILE.py:FUNCTION` names, and a name for the tables.
+
+    Raises:
+        ValueError: if there is no such file or function.
+    """
+    file, colon, function = place.rpartition(":")
+    if not colon or not Path(file).is_file():
+        raise ValueError(f"--against {place!r} must be FILE.py:FUNCTION, and the file must exist")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--against {place!r}: {file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ValueError(f"--against {place!r}: {file} has no function {function!r}")
+    return found, f"{Path(file).stem}:{function}"

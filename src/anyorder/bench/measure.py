@@ -1,7 +1,9 @@
 """Timing decoders side by side.
 
 Runs are interleaved: every batch of prompts goes through all decoders, in turn, before the next one does, so that a
-slow moment of the machine falls on all alike, and ratios are taken batch by batch. Knows nothing of quality.
+slow moment of the machine falls on all alike, and ratios are taken batch by batch. A ratio is to the first decoder that
+is compiled, or is not, as the decoder itself is: eager code beside compiled code would credit the method with what the
+compiler does. Knows nothing of quality.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     """Of each batch."""
     ratios: list[float] = field(default_factory=list)
-    """Speed over that of the first decoder, on the same batch."""
+    """Speed over that of `ratio_to`, on the same batch."""
+    ratio_to: str = ""
+    """The decoder that it is compared with."""
     forwards: list[int | None] = field(default_factory=list)
     sequences: list[Tensor] = field(default_factory=list)
     """Of all prompts, (P + N,) each."""
@@ -57,6 +61,7 @@ class Measured:
             "tokens_per_second": statistics.median(speed),
             "tokens_per_second_min": min(speed),
             "tokens_per_second_max": max(speed),
+            "ratio_to": self.ratio_to,
             "ratio": statistics.median(self.ratios),
             "ratio_min": min(self.ratios),
             "ratio_max": max(self.ratios),
@@ -77,7 +82,7 @@ def measure(
     """Every decoder at every batch size, on all prompts that fill whole batches.
 
     Args:
-        decoders: the first is what ratios are taken to.
+        decoders: ratios are taken to the first eager and the first compiled one.
         prompts: (M, P) int64.
         new: tokens to add.
         batch_sizes: each at most M.
@@ -92,14 +97,17 @@ def measure(
     results = []
     for size in batch_sizes:
         found = [Measured(decoder.name, size, new) for decoder in decoders]
+        first_of = {decoder.compiled: result for decoder, result in reversed(list(zip(decoders, found, strict=True)))}
         for decoder, result in zip(decoders, found, strict=True):
+            result.ratio_to = first_of[decoder.compiled].decoder
             started = time.perf_counter()
             decoder(prompts[:size], new, range(seed, seed + size))
             result.warm_up = time.perf_counter() - started
         for first in tqdm(range(0, len(prompts) - size + 1, size), desc=f"batch size {size}", disable=None):
             for decoder, result in zip(decoders, found, strict=True):
                 _run(decoder, result, prompts[first : first + size], range(seed + first, seed + first + size))
-                result.ratios.append(found[0].seconds[-1] / result.seconds[-1])
+            for decoder, result in zip(decoders, found, strict=True):
+                result.ratios.append(first_of[decoder.compiled].seconds[-1] / result.seconds[-1])
         results += found
     _compare_batch_sizes(decoders, results)
     return results

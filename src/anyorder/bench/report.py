@@ -15,6 +15,10 @@ _SAME = (
     "Same as alone: prompts whose tokens are those of the smallest batch. In 16 bits kernels round by the number of "
     "rows, and a draw may turn on that; in float32 it shows the decoder itself.\n"
 )
+_RATIO = (
+    "Ratio: new tokens a second over those of {}, batch by batch. The two kinds are not compared with each other: what "
+    "lies between an eager and a compiled row is the compiler's doing as well as the decoder's.\n"
+)
 _QUALITY = {"base_nats_per_token": "base nats a token", "distinct_2": "distinct-2", "rouge_l": "ROUGE-L"}
 
 
@@ -22,14 +26,15 @@ def table(records: Sequence[Record]) -> str:
     """Markdown, one line a decoder and batch size."""
     quality = [name for name in _QUALITY if name in records[0]]
     several = _several_batches(records)
-    compiled = any(record["decoder"].endswith(COMPILED) for record in records)
-    head = ["decoder", "batch", "tokens/s (min .. max)", "ratio (min .. max)", "forwards a token", "ms a forward"]
+    compiled = _compiled(records)
+    head = ["decoder", "batch", "tokens/s (min .. max)", "ratio (min .. max)"] + ["ratio to"] * compiled
+    head += ["forwards a token", "ms a forward"]
     head += [_QUALITY[name] for name in quality] + ["same as alone"] * several + ["warm-up, s"] * compiled
     lines = [head, ["---"] * len(head)]
     for record in records:
         speed = "{tokens_per_second:.1f} ({tokens_per_second_min:.1f} .. {tokens_per_second_max:.1f})".format(**record)
         ratio = "{ratio:.2f} ({ratio_min:.2f} .. {ratio_max:.2f})".format(**record)
-        line = [record["decoder"], str(record["batch_size"]), speed, ratio]
+        line = [record["decoder"], str(record["batch_size"]), speed, ratio] + [record["ratio_to"]] * compiled
         line += [_number(record["forwards_per_token"], 3), _number(record["ms_per_forward"], 1)]
         line += [_number(record[name], 3) for name in quality]
         if several:
@@ -39,6 +44,17 @@ def table(records: Sequence[Record]) -> str:
             line.append(f"{record['warm_up_seconds']:.0f}")
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def explained(records: Sequence[Record]) -> str:
+    """The table, and under it what its columns compare."""
+    compared_with = dict.fromkeys(record["ratio_to"] for record in records)
+    notes = [_RATIO.format(" or ".join(compared_with))] * _compiled(records) + [_SAME] * _several_batches(records)
+    return "\n\n".join([table(records), *notes])
+
+
+def _compiled(records: Sequence[Record]) -> bool:
+    return any(record["decoder"].endswith(COMPILED) for record in records)
 
 
 def _several_batches(records: Sequence[Record]) -> bool:
@@ -59,8 +75,7 @@ def write(records: Sequence[Record], settings: Record, output: Path) -> list[Pat
         writer.writeheader()
         writer.writerows(records)
     others = [f"- {name.replace('_', ' ')}: {value}" for name, value in settings.items() if name != "command"]
-    parts = ["# Decoders side by side", f"    {settings['command']}", "\n".join(others), table(records)]
-    parts += [_SAME] * _several_batches(records)
+    parts = ["# Decoders side by side", f"    {settings['command']}", "\n".join(others), explained(records)]
     files[2].write_text("\n\n".join(parts))
     plot(records, files[3])
     return files

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from anyorder.bench.decoders import Decoder
+    from anyorder.bench.measure import Measured
+    from anyorder.decoding.policies import Policy
     from anyorder.modeling import AnyOrderForCausalLM
 
 DEFAULT_POLICIES = [
@@ -37,9 +40,13 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
         "--policies", nargs="+", default=DEFAULT_POLICIES, metavar="NAME[:OPTION=VALUE,...]",
         help=f"as --policy of generate; default: {' '.join(DEFAULT_POLICIES)}",
     )  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="also each policy compiled; warm-up is told apart")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also each policy compiled, compared with one token at a time, compiled; warm-up is told apart",
+    )
     parser.add_argument("--greedy", action="store_true", help="take the most likely tokens instead of sampling")
-    parser.add_argument("--temperature", type=float, metavar="T", help="default: 1")
+    parser.add_argument("--temperature", type=float, metavar="T", help="default: 1; 0 is --greedy")
     parser.add_argument("--top-p", type=float, metavar="P", help="default: 1")
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1, 2, 4, 8], metavar="N")
     parser.add_argument("--prompts", type=positive, default=20, metavar="N", help="default: 20")
@@ -58,62 +65,128 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
 
 
 def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> None:
-    """Measure, print the table and write the files."""
+    """Measure, print the table and write the files.
+
+    Args:
+        options: parsed from `add_options`.
+        load: loads the model that the options name.
+
+    Raises:
+        ValueError: for options that cannot be meant, before a model is loaded.
+    """
     import json
 
     import torch
 
-    from anyorder.bench import quality, report
-    from anyorder.bench.decoders import AnyOrder, Foreign, HuggingFace
+    from anyorder.bench import report
+    from anyorder.bench.decoders import AnyOrder, Foreign, HuggingFace, foreign_function
     from anyorder.bench.measure import measure
-    from anyorder.decoding import policies
+
+    _check_installed(options)
+    sampling = _sampling(options)
+    eager, compiled = _policies(options)
+    foreign = [foreign_function(place) for place in options.against]
+    texts = _texts(options)
+    model, tokenizer = load(options)
+    ids, references = _prompts(options, texts, model, tokenizer)
+    decoders: list[Decoder] = [HuggingFace(model, sampling)]
+    decoders += [AnyOrder(model, policy, text, sampling) for policy, text in eager]
+    decoders += [AnyOrder(model, policy, text, sampling, compile=True) for policy, text in compiled]
+    decoders += [Foreign(function, name, model) for function, name in foreign]
+    results = measure(decoders, ids, options.new_tokens, sorted(set(options.batch_size)), options.seed)
+    _judge(results, model, tokenizer, references)
+    records = [result.record() for result in results]
+    names = ("model", "dtype", "device", "prompt_tokens", "new_tokens", "seed")
+    settings = {"command": options.as_typed} | {name: getattr(options, name) for name in names}
+    settings["sampling"] = "greedy" if sampling is None else ", ".join(f"{k} {v}" for k, v in sampling.items())
+    settings |= {"prompts": len(ids), "prompt_file": options.prompt_file, "threads": torch.get_num_threads()}
+    # Printed before anything is written: a file that cannot be written loses no measurement.
+    print(json.dumps({"settings": settings, "results": records}) if options.json else report.explained(records))
+    files = report.write(records, settings, options.output)
+    if not options.json:
+        print("written: " + ", ".join(map(str, files)))
+
+
+def _check_installed(options: argparse.Namespace) -> None:
+    """Raise ValueError if the report could not be made."""
+    needed = {"matplotlib": "the picture"} | ({} if options.prompt_file is None else {"rouge_score": "ROUGE-L"})
+    for package, what in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{what} needs {package.replace('_', '-')}: pip install 'anyorder[bench]'")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Settings of drawing; None: greedy."""
     from anyorder.decoding.sampling import Sampler
 
-    chosen = [(policies.parse(text), text) for text in options.policies]  # a mistake is told before the model is loaded
     if options.greedy and (options.temperature is not None or options.top_p is not None):
         raise ValueError("--greedy takes the most likely token: leave out --temperature and --top-p")
+    if options.temperature == 0 and options.top_p is not None:
+        raise ValueError("--temperature 0 takes the most likely token: leave out --top-p")
     if max(options.batch_size) > options.prompts:
         raise ValueError(f"--batch-size {max(options.batch_size)} needs as many prompts: raise --prompts")
+    if options.greedy or options.temperature == 0:
+        return None
     sampling: dict[str, Any] = {"temperature": 1.0 if options.temperature is None else options.temperature}
     sampling |= {} if options.top_p is None else {"top_p": options.top_p}
-    Sampler(not options.greedy, **({} if options.greedy else sampling))  # refuses values that cannot be meant
-    model, tokenizer = load(options)
-    ids, references = _prompts(options, model, tokenizer)
-    decoders: list[Decoder] = [HuggingFace(model, None if options.greedy else sampling)]
-    decoders += [
-        AnyOrder(model, policy, text, None if options.greedy else sampling, compiled)
-        for compiled in (False, True)[: 1 + options.compile]
-        for policy, text in chosen
-    ]
-    decoders += [Foreign(place, model) for place in options.against]
-    results = measure(decoders, ids, options.new_tokens, sorted(set(options.batch_size)), options.seed)
+    Sampler(True, **sampling)  # refuses values that cannot be meant
+    return sampling
+
+
+def _policies(options: argparse.Namespace) -> tuple[list[tuple[Policy, str]], list[tuple[Policy, str]]]:
+    """The policies that run eagerly, and those that run compiled.
+
+    Of the latter, the first is one token at a time, which the others are compared with: from left to right that is the
+    base model's own decoding.
+    """
+    from anyorder.decoding import policies
+
+    chosen = [(policies.parse(text), text) for text in options.policies]
+    if not options.compile:
+        return chosen, []
+    by_ones = (policies.groupwise(), policies.groupwise(1))
+    first = next((one for one in chosen if one[0] in by_ones), (policies.groupwise(1), "groupwise:size=1"))
+    return chosen, [first, *(one for one in chosen if one is not first)]
+
+
+def _judge(
+    results: Sequence[Measured],
+    model: AnyOrderForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    references: list[str] | None,
+) -> None:
+    """Say of each how good its texts are."""
+    from anyorder.bench import quality
+
     for result in results:
-        new, sequences = options.new_tokens, result.sequences
+        new, sequences = result.new_tokens, result.sequences
         result.quality["base_nats_per_token"] = quality.nats_per_token(model.causal_lm, sequences, new)
         result.quality["distinct_2"] = quality.distinct(sequences, new)
         if references is not None:
             texts = [tokenizer.decode(row[-new:], skip_special_tokens=True) for row in sequences]
             result.quality["rouge_l"] = quality.rouge_l(texts, references[: len(texts)])
-    records = [result.record() for result in results]
-    names = ("model", "dtype", "device", "prompt_tokens", "new_tokens", "seed")
-    settings = {"command": options.as_typed} | {name: getattr(options, name) for name in names}
-    settings["sampling"] = "greedy" if options.greedy else ", ".join(f"{k} {v}" for k, v in sampling.items())
-    settings |= {"prompts": len(ids), "prompt_file": options.prompt_file, "threads": torch.get_num_threads()}
-    files = report.write(records, settings, options.output)
-    if options.json:
-        print(json.dumps({"settings": settings, "results": records}))
-    else:
-        print(report.table(records) + "\nwritten: " + ", ".join(map(str, files)))
+
+
+def _texts(options: argparse.Namespace) -> list[str] | None:
+    """What --prompt-file holds."""
+    if options.prompt_file is None:
+        return None
+    from anyorder.training.texts import read_texts
+
+    return read_texts([options.prompt_file])
 
 
 def _prompts(
-    options: argparse.Namespace, model: AnyOrderForCausalLM, tokenizer: PreTrainedTokenizerBase
+    options: argparse.Namespace,
+    texts: list[str] | None,
+    model: AnyOrderForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Tensor, list[str] | None]:
     """(M, P) ids, and how each text really goes on, if it does."""
     import torch
 
     P, N = options.prompt_tokens, options.new_tokens
-    if options.prompt_file is None:
+    if texts is None:
         torch.manual_seed(options.seed)
         rows = []
         for m in range(options.prompts):
@@ -122,9 +195,7 @@ def _prompts(
             full = begin.shape[1] == P
             rows.append(begin if full else model.causal_lm.generate(begin, attention_mask=begin * 0 + 1, **more))
         return torch.cat(rows), None
-    from anyorder.training.texts import read_texts
-
-    encoded = [tokenizer.encode(text) for text in read_texts([options.prompt_file])]
+    encoded = [tokenizer.encode(text) for text in texts]
     for least in (P + N, P):
         found = [row for row in encoded if len(row) >= least][: options.prompts]
         if len(found) == options.prompts:

@@ -21,14 +21,17 @@ def draw(trace: Trace, file: Path) -> None:
     """Write .html (to play, step and scrub), .png (each token's step) or .gif (a film).
 
     Raises:
-        ValueError: for another kind of file, or a trace without steps.
+        ValueError: for another kind of file, a trace without steps, or if what draws pictures is not installed.
     """
     if not trace.steps:
         raise ValueError("the trace has no steps: nothing was filled")
     kinds: dict[str, Callable[[Trace, Path], None]] = {".html": _page, ".png": _picture, ".gif": _film}
     if file.suffix not in kinds:
         raise ValueError(f"{file} must end in .html, .png or .gif")
-    kinds[file.suffix](trace, file)
+    try:
+        kinds[file.suffix](trace, file)
+    except ImportError as error:
+        raise ValueError("pictures and films need Matplotlib and Pillow: pip install 'anyorder[plot]'") from error
 
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>order of generation</title>
@@ -57,8 +60,8 @@ this.textContent="stop";timer=setInterval(()=>{if(at.value==at.max)stop();else b
 
 def _page(trace: Trace, file: Path) -> None:
     filled: list[dict[str, Any]] = [asdict(one) | {"likeliness": one.likeliness} for one in trace.filled]
-    # Inside a script element nothing but "</" could end it.
-    data = json.dumps({"given": trace.given, "filled": filled}).replace("</", "<\\/")
+    # Inside a script element "</" may end it and "<!--" begin what hides its end; JSON may write "<" otherwise.
+    data = json.dumps({"given": trace.given, "filled": filled}).replace("<", "\\u003c")
     said = html.escape(f"red below {LIKELINESS_BOUNDS[0]}, yellow below {LIKELINESS_BOUNDS[1]}, green from there on")
     file.write_text(_PAGE % (trace.steps, trace.steps, said, data, json.dumps(_COLOURS), OPEN), encoding="utf-8")
 
