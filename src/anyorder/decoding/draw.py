@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import LogitsProcessorList
 
 from anyorder.decoding.constraints import BlankConstraints
 from anyorder.decoding.sampling import Sampler, inverse_cdf, token_log_probs
@@ -84,10 +85,29 @@ class Drawer:
         sampler: how.
         blank_constraints: what runs of positions must match; None: anything.
         forced: (B, T) int64 tokens to take instead, `NOT_FORCED` where one is drawn; None: none.
+        logits_processor: transformers' own kind, called with exactly the text on the left of a prediction. Where a
+            prediction reads anything else, as drafts do, they are not called: only drafts may be drawn there.
+        records: keep the logits of each position, before and after the sampler's settings.
+
+    Attributes:
+        logits, scores: (B, T, V) float32 with `records`, once something was drawn: for each position the logits that
+            its token was drawn from last, unprocessed and processed; 0 where nothing was drawn.
     """
 
-    def __init__(self, sampler: Sampler, blank_constraints: BlankConstraints | None, forced: Tensor | None):
-        self.sampler, self.blank_constraints, self.forced = sampler, blank_constraints, forced
+    logits: Tensor | None = None
+    scores: Tensor | None = None
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        blank_constraints: BlankConstraints | None = None,
+        forced: Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        records: bool = False,
+    ):
+        self.sampler, self.blank_constraints = sampler, blank_constraints
+        self.forced = None if forced is None else forced.cpu()
+        self.logits_processor, self.records = logits_processor, records
 
     def processed(self, found: Evaluated, visible: Visible) -> Tensor:
         """(N, V) logits after the sampler's settings, which may look at the tokens that each prediction reads.
@@ -104,12 +124,35 @@ class Drawer:
             read = visible.ranks[row, : visible.ids.shape[1]] < found.hi[:, None]
             some = visible.ids[row].gather(1, read.to(torch.int8).argmax(dim=1, keepdim=True))
             seen = torch.where(read, visible.ids[row], some)
-        processed = self.sampler.process(logits, seen, row, column)
+        custom = None if self.logits_processor is None else lambda scores: self._called(scores, found, visible)
+        processed = self.sampler.process(logits, seen, row, column, custom)
         bad = ~processed.amax(dim=-1).isfinite()
         if bool(bad.any()):
             n = int(bad.nonzero()[0])
             raise ValueError(_nothing_to_draw(found.logits[n], int(row[n]), int(column[n])))
+        if self.records:
+            self._record(found, processed, visible.ids.shape)
         return processed
+
+    def _called(self, scores: Tensor, found: Evaluated, visible: Visible) -> Tensor:
+        """(N, V) after the user's processors; rows whose text is as long are handed over together."""
+        assert self.logits_processor is not None
+        every = torch.arange(visible.ids.shape[1])
+        read = visible.ranks[found.row, : len(every)] < found.hi[:, None]
+        whole = (read == (every < found.column[:, None])).all(dim=1)
+        out = scores.clone()
+        for column in found.column[whole].unique().tolist():
+            these = (whole & (found.column == column)).nonzero()[:, 0]
+            ids = visible.ids[found.row[these], :column].to(scores.device)
+            at = these.to(scores.device)
+            out[at] = self.logits_processor(ids, scores[at]).to(scores.dtype)
+        return out
+
+    def _record(self, found: Evaluated, processed: Tensor, shape: torch.Size) -> None:
+        if self.logits is None or self.scores is None:
+            self.logits, self.scores = (processed.new_zeros(*shape, processed.shape[1]) for _ in range(2))
+        at = found.row.to(processed.device), found.column.to(processed.device)
+        self.logits[at], self.scores[at] = found.logits, processed
 
     def draw(self, found: Evaluated, uniform: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         """(N,) tokens on the CPU, and (N, V) the processed logits that they were drawn from.
@@ -173,11 +216,11 @@ class Drawer:
         if probs is None:
             return processed.argmax(dim=-1).cpu()[number] == drafts.tokens
         at = drafts.tokens.to(probs.device)
-        p = probs[number.to(probs.device), at].double()
+        p = probs[number.to(probs.device), at].cpu().double()
         q = torch.ones_like(p)
         if drafts.probs is not None:
-            q = drafts.probs.gather(2, at[:, :, None])[:, :, 0].double()
-        return (uniform.to(p.device) * q < p).cpu()
+            q = drafts.probs.gather(2, at[:, :, None])[:, :, 0].cpu().double()
+        return uniform * q < p
 
     def or_forced(self, token: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """The forced tokens where there are any, else those given."""

@@ -4,8 +4,8 @@ Each step forwards the content rows of what was just committed together with the
 ask for, then decides what to commit. Keys and values are stored in generation order and never touched again, so the
 log-probabilities equal those of one parallel forward over the finished text (`cached == parallel`).
 
-This module knows token ids, ranks and the cache. Which positions come next is a policy's business
-(`policies`); requests and results are `decoding`'s.
+This module knows token ids, ranks and the cache. Which positions come next is a policy's business (`policies`), what is
+put there `draw`'s, what ends a row `stopping`'s; requests and results are `request`'s and `generate`'s.
 
 Shapes: B batch, T columns, Q query rows asked for, N evaluated positions, V vocabulary.
 """
@@ -13,7 +13,7 @@ Shapes: B batch, T columns, Q query rows asked for, N evaluated positions, V voc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +21,8 @@ from torch import Tensor
 
 from anyorder.core.factorization import ABSENT, Factorization
 from anyorder.core.layout import Arrangement, compact, join
-from anyorder.decoding.constraints import BlankConstraints
 from anyorder.decoding.draw import NOT_FORCED, Drafts, Drawer, Evaluated, Visible
-from anyorder.decoding.sampling import Sampler
+from anyorder.decoding.stopping import EndRule
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.runner import ModelRunner
 
@@ -53,6 +52,12 @@ class Queries:
     """False: padding."""
     hi: Tensor
     """The rank up to which each reads."""
+
+    def only(self, chosen: Tensor) -> Queries:
+        """Those of the used ones, counted row by row, where (N,) bool `chosen`."""
+        used = self.used.clone()
+        used[self.used] = chosen
+        return Queries(self.columns, used, self.hi)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,14 @@ class Scheduler(ABC):
 class Run:
     """The state of one decoding run, and the loop over it.
 
+    Args:
+        runner: executes the forwards.
+        input_ids: (B, T) int64 on the CPU; ids at predicted positions are ignored.
+        factorization: which positions are given, and the order of the others; of a policy's `prepare`.
+        drawer: draws the tokens.
+        uniforms: what it draws them with.
+        end_rule: which tokens end a row.
+
     Attributes:
         ids: (B, T) int64, filled in place.
         known: (B, T) bool: given or committed.
@@ -107,17 +120,12 @@ class Run:
         runner: ModelRunner,
         input_ids: Tensor,
         factorization: Factorization,
-        sampler: Sampler,
+        drawer: Drawer,
         uniforms: Uniforms,
-        end_ids: Sequence[int],
-        forced_ids: Tensor | None,
-        blank_constraints: BlankConstraints | None = None,
+        end_rule: EndRule,
     ):
-        self.runner, self.sampler, self.uniforms = runner, sampler, uniforms
-        self.factorization = factorization
-        self.forced = None if forced_ids is None else forced_ids.cpu()
-        self.drawer = Drawer(sampler, blank_constraints, self.forced)
-        self.end_ids = torch.tensor(list(end_ids), dtype=torch.int64)
+        self.runner, self.drawer, self.uniforms, self.end_rule = runner, drawer, uniforms, end_rule
+        self.factorization, self.forced = factorization, drawer.forced
         self.ids = input_ids.masked_fill(self.factorization.is_predicted, 0)
         self.is_open = self.factorization.is_predicted
         self.known = self.factorization.is_given
@@ -144,14 +152,18 @@ class Run:
         self.first, self.count = self.tokens.counts, committed.sum(dim=1)
         self.tokens.append(compact(committed)[0], self.count)
 
-    @torch.inference_mode()  # a few per cent faster than no_grad; what leaves is made outside of it
     def steps_of(self, scheduler: Scheduler) -> Iterator[Step]:
-        """The loop."""
-        self._encode_common_start()
+        """The loop. Inference mode is entered step by step: a loop that is left half way has nothing to leave."""
         while bool(self.is_open.any()):
-            queries = scheduler.queries()
-            hidden, source = self._forward(queries)
-            yield scheduler.advance(queries, hidden, source)
+            yield self._step(scheduler)
+
+    @torch.inference_mode()  # a few per cent faster than no_grad; what leaves is made outside of it
+    def _step(self, scheduler: Scheduler) -> Step:
+        if not self.forwards:
+            self._encode_common_start()
+        queries = scheduler.queries()
+        hidden, source = self._forward(queries)
+        return scheduler.advance(queries, hidden, source)
 
     def _encode_common_start(self) -> None:
         """Encode once for all what every row of the batch begins with."""
@@ -193,7 +205,7 @@ class Run:
             self.store = self.store.of(going.nonzero()[:, 0])
 
     def logits(self, hidden: Tensor, row: Tensor, source: Tensor) -> Tensor:
-        """(N, V) float32 of some rows of a forward."""
+        """(N, V) float32 of some rows of a forward, the model's own."""
         row = torch.searchsorted(self.stored, row)
         return self.runner.logits(hidden[row.to(hidden.device), source.to(hidden.device)]).float()
 
@@ -245,6 +257,6 @@ class Run:
         self.known, self.is_open = self.known & ~taken_back, self.is_open | taken_back
 
     def is_end(self, row: Tensor, column: Tensor, token: Tensor) -> Tensor:
-        """Whether tokens end their rows: end ids behind the last given token that were not forced."""
-        ends = torch.isin(token, self.end_ids) & (column > self.last_given[row])
+        """(N,) bool: whether tokens that are committed together end their rows: behind the last given one, unforced."""
+        ends = self.end_rule(self.ids, row, column, token) & (column > self.last_given[row])
         return ends if self.forced is None else ends & (self.forced[row, column] == NOT_FORCED)

@@ -47,6 +47,15 @@ class GenerateOutput:
     """Forwards of the model: one a step, and one more if all rows of a batch begin with the same 16 tokens or more,
     which are then encoded once."""
 
+    scores: tuple[Tensor, ...] | None = None
+    """With output_scores=True: (B, V) float32 for each new token of prompts, or for each of T columns: the logits that
+    its token was drawn from, after every setting; 0 where none was drawn."""
+    logits: tuple[Tensor, ...] | None = None
+    """With output_logits=True: the same before any setting, the model's own."""
+
     def map(self, function: Callable[[Tensor], Tensor]) -> GenerateOutput:
         """The same with every tensor replaced."""
-        return GenerateOutput(function(self.sequences), function(self.log_probs), function(self.steps), self.forwards)
+        scores, logits = (None if part is None else tuple(map(function, part)) for part in (self.scores, self.logits))
+        return GenerateOutput(
+            function(self.sequences), function(self.log_probs), function(self.steps), self.forwards, scores, logits
+        )

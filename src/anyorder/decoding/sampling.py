@@ -9,8 +9,10 @@ Shapes: B batch, T columns, N predictions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -50,13 +52,40 @@ class AllowedTokens:
         if bool(empty.any()):
             raise ValueError(f"mask {int(empty.nonzero()[0])} of the allowed tokens allows none")
 
+    @classmethod
+    def all(cls, vocabulary: int, shape: torch.Size) -> AllowedTokens:
+        """Any token of V at each of (B, T) positions."""
+        return cls(torch.ones(1, vocabulary, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64))
+
+    def without(self, tokens: Sequence[int], where: Tensor) -> AllowedTokens:
+        """The same less some tokens, at positions where (B, T) bool `where`.
+
+        Raises:
+            ValueError: if that leaves a position nothing.
+        """
+        used, number = self.index[where].unique(return_inverse=True)
+        masks = self.masks[used].clone()
+        masks[:, list(tokens)] = False
+        index = self.index.clone()
+        index[where] = len(self.masks) + number
+        return AllowedTokens(torch.cat([self.masks, masks]), index)
+
+    def repeated(self, times: int) -> AllowedTokens:
+        """For a batch in which each row stands `times` times in succession."""
+        return replace(self, index=self.index.repeat_interleave(times, dim=0))
+
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p")
 """Settings that have an effect only where tokens are drawn."""
 
 
 def does_sample(do_sample: bool | None, generator: object, settings: Mapping[str, object]) -> bool:
-    """Whether tokens are drawn: as said, or if not said, if a generator or a setting of drawing is given."""
+    """Whether tokens are drawn: as said, or if not said, if a generator or a setting of drawing is given.
+
+    Temperature 0 is the most likely token, whatever else is said.
+    """
+    if is_number(settings.get("temperature")) and settings["temperature"] == 0:
+        return False
     if do_sample is not None:
         return do_sample
     return generator is not None or any(settings.get(name) is not None for name in DRAWING)
@@ -68,7 +97,8 @@ class Sampler:
 
     Args:
         do_sample: False takes the most likely token; True draws.
-        temperature, top_k, top_p, min_p: as in transformers, None is off; they need `do_sample`.
+        temperature, top_k, top_p, min_p: as in transformers, None is off; they need `do_sample`. Temperature 0 is the
+            most likely token: it turns `do_sample` and the others off. top_k=0 is off, too.
         repetition_penalty: as in transformers; applies to every token visible to the prediction, on both sides.
         allowed: restricts positions to sets of tokens.
 
@@ -85,10 +115,20 @@ class Sampler:
     allowed: AllowedTokens | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and 0 <= self.temperature < SMALLEST_TEMPERATURE:
-            raise ValueError(
-                f"temperature is {self.temperature}: for the most likely token leave it out (do_sample=False)"
-            )
+        if not isinstance(self.do_sample, bool):
+            raise ValueError(f"do_sample must be True or False, got {self.do_sample!r}")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            check_number(name, getattr(self, name))
+        if self.top_k is not None and (not isinstance(self.top_k, Integral) or isinstance(self.top_k, bool)):
+            raise ValueError(f"top_k must be a whole number, got {self.top_k!r}")
+        if self.top_k == 0:
+            object.__setattr__(self, "top_k", None)
+        if self.temperature == 0:
+            self._processors()  # a value that cannot be meant is refused, whether it has an effect or not
+            for name in ("do_sample", *DRAWING):
+                object.__setattr__(self, name, False if name == "do_sample" else None)
+        elif self.temperature is not None and 0 < self.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(f"temperature is {self.temperature}: for the most likely token say temperature=0")
         if not self.do_sample:
             for name in DRAWING:
                 if getattr(self, name) is not None:
@@ -99,7 +139,7 @@ class Sampler:
         processors = LogitsProcessorList()
         for processor, value in (
             (RepetitionPenaltyLogitsProcessor, self.repetition_penalty),
-            (TemperatureLogitsWarper, None if self.temperature is None else float(self.temperature)),
+            (TemperatureLogitsWarper, None if not self.temperature else float(self.temperature)),
             (TopKLogitsWarper, self.top_k),
             (TopPLogitsWarper, self.top_p),
             (MinPLogitsWarper, self.min_p),
@@ -108,19 +148,31 @@ class Sampler:
                 processors.append(processor(value))
         return processors
 
-    def process(self, logits: Tensor, visible: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    def process(
+        self,
+        logits: Tensor,
+        visible: Tensor,
+        row: Tensor,
+        column: Tensor,
+        custom: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """(N, V) logits after every setting; what may not be drawn is -inf.
 
         Args:
             logits: (N, V) float32.
             visible: (N, any) int64: the tokens visible to each prediction, in any order, repeated or not.
             row, column: (N,) int64: where each prediction belongs.
+            custom: changes the logits before temperature and truncation, where transformers has `logits_processor`.
         """
         if self.allowed is not None:
             masks = self.allowed.masks.to(logits.device)[self.allowed.index[row, column].to(logits.device)]
             logits = logits.masked_fill(~masks, -torch.inf)
         processors = self._processors()
-        return processors(visible.to(logits.device), logits) if processors else logits
+        visible = visible.to(logits.device)
+        if processors and isinstance(processors[0], RepetitionPenaltyLogitsProcessor):
+            logits = processors.pop(0)(visible, logits)
+        logits = logits if custom is None else custom(logits)
+        return processors(visible, logits) if processors else logits
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """(N,) tokens: the argmax, or the inverse of the cumulative distribution at `uniform` in [0, 1).
@@ -141,9 +193,25 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
         weights: (N, V), at least 0, not all 0; they need not sum to 1.
         uniform: (N,) float64.
     """
-    cumulative = weights.double().cumsum(dim=-1)
-    threshold = uniform.to(weights.device)[:, None] * cumulative[:, -1:]
+    cumulative = in_double(weights).cumsum(dim=-1)
+    threshold = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """The same in float64, on the CPU if its device has none (MPS): sums over a vocabulary need it, in one order."""
+    return (tensor if tensor.device.type in ("cpu", "cuda") else tensor.cpu()).double()
+
+
+def is_number(value: object) -> bool:
+    """Whether something is a finite number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError unless it is a finite number, or None."""
+    if value is not None and not is_number(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -225,7 +225,10 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_only: bool = False,
-    ) -> AnyOrderOutput:
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        past_key_values: None = None,
+    ) -> AnyOrderOutput | tuple[Tensor, ...]:
         """Logits of every predicted token, in one forward.
 
         Args:
@@ -236,6 +239,9 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
             num_items_in_batch: what the sum of the losses is divided by, where a step is many forwards; None: the
                 number of labelled predicted positions (as Trainer expects).
             loss_only: with labels, leave out the logits; always so in training.
+            return_dict: False gives the output's values as a tuple, as in transformers.
+            use_cache: without effect: all rows of the forward are computed in it, nothing is kept for another.
+            past_key_values: must be None.
 
         Returns:
             logits (B, T, V) in the model's dtype: row i predicts token i, unshifted; zeros at positions that are not
@@ -243,20 +249,32 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
             cross-entropy over the labelled predicted positions, in nats, float32 (0 if there are none); a mixture of
             experts adds no router loss. token_losses: (B, T) float32 without gradient, 0 where nothing counts.
         """
+        if past_key_values is not None:
+            raise ValueError(
+                "past_key_values holds keys in the order of positions, and rows here read keys in generation order: "
+                "pass all of input_ids; generate() keeps keys itself"
+            )
         if factorization is None:
             factorization = left_to_right(input_ids, attention_mask)
         elif attention_mask is not None:
             raise ValueError("attention_mask is for the default order; a factorization marks padding as absent itself")
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids has {tuple(input_ids.shape)}")
-        found, predictor = self.predictions(input_ids, factorization), self.predictor
-        loss = token_losses = None
+        found = self.predictions(input_ids, factorization)
+        output = self._output(found, labels, num_items_in_batch, self.training or loss_only)
+        return output.to_tuple() if return_dict is False else output
+
+    def _output(
+        self, found: Predictions, labels: Tensor | None, num_items_in_batch: Tensor | int | None, loss_only: bool
+    ) -> AnyOrderOutput:
+        """Logits and losses of predictions: see `forward`."""
+        predictor, loss, token_losses = self.predictor, None, None
         if labels is not None:
             losses = predictor.losses(found, labels)
             counted = (labels.to(losses.device)[found.where] != -100).sum().clamp(min=1)
             loss = losses.sum() / (counted if num_items_in_batch is None else num_items_in_batch)
             token_losses = found.spread(losses.detach())
-            if self.training or loss_only:
+            if loss_only:
                 return AnyOrderOutput(loss=loss, token_losses=token_losses)
         logits = found.spread(predictor.logits(found.hidden))
         return AnyOrderOutput(loss=loss, logits=logits, token_losses=token_losses)

@@ -85,7 +85,7 @@ class QueryDrafts(DraftSource):
         evaluated = Evaluated(row, column, hi[used], run.logits(hidden, row, source[used]))
         tokens[used], logits = run.draw(evaluated, run.uniforms.draft)
         probs = None
-        if run.sampler.do_sample:
+        if run.drawer.sampler.do_sample:
             probs = logits.new_zeros(B, width, logits.shape[1])
             probs[used.to(probs.device)] = logits.softmax(dim=-1)
         return Drafts(tokens, used.sum(dim=1), probs).trimmed()

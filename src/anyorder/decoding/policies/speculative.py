@@ -141,9 +141,10 @@ class SpeculativeScheduler(Scheduler):
         """(B, K + 1) bool: True up to the first position that an end committed before it in this round closes."""
         run, columns = self.run, self.verified.columns
         T = run.ids.shape[1]
-        row = torch.arange(len(columns))[:, None].expand_as(columns)
-        ends = run.is_end(row.flatten(), columns.flatten(), tokens.flatten()).view(columns.shape)
-        end = torch.where(ends & committed, columns, T).cummin(dim=1).values
+        row, _ = committed.nonzero(as_tuple=True)
+        ends = torch.zeros_like(committed)
+        ends[committed] = run.is_end(row, columns[committed], tokens[committed])
+        end = torch.where(ends, columns, T).cummin(dim=1).values
         before = torch.nn.functional.pad(end[:, :-1], (1, 0), value=T)
         return (columns <= before).long().cumprod(dim=1).bool()
 
