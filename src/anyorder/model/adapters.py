@@ -86,12 +86,9 @@ def attach(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
     """Freeze the base model and add a new adapter, whose update is zero until it is trained.
 
     Raises:
-        ValueError: if PEFT is not installed, or no layer matches.
+        ValueError: if no layer matches.
     """
-    try:
-        from peft import inject_adapter_in_model
-    except ImportError as error:
-        raise ValueError("adapters need PEFT: pip install 'anyorder[train]'") from error
+    from peft import inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
 
     causal_lm.requires_grad_(False)
