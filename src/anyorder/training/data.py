@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from anyorder.core.factorization import Factorization
 from anyorder.training.curriculum import MIN_LENGTH, Curriculum, seeded
@@ -92,6 +92,9 @@ class Stream(IterableDataset[dict[str, Tensor]]):
     Args:
         documents: a `datasets.IterableDataset` of `texts.tokenized`, shuffled or not.
         length, curriculum, count, seed: as for `Sequences`.
+
+    Raises:
+        ValueError: where it is read in one of several worker processes.
     """
 
     def __init__(self, documents: Any, length: int, curriculum: Curriculum, count: int, seed: int = 0):
@@ -101,6 +104,8 @@ class Stream(IterableDataset[dict[str, Tensor]]):
         return self.count
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        check_workers(worker.num_workers if worker is not None else 0)
         for i, chosen in enumerate(itertools.islice(self._rows(), self.count)):
             yield sequence(chosen, self.curriculum, i, self.count, self.seed)
 
@@ -109,6 +114,16 @@ class Stream(IterableDataset[dict[str, Tensor]]):
             self.documents.set_epoch(epoch)
             sized = ((document, document.shape.length) for document in map(TokenDocument.of, self.documents))
             yield from packed(sized, self.length)
+
+
+def check_workers(count: int) -> None:
+    """ValueError if more than one worker process would read a stream: each would read all of it, or a part in an order
+    that depends on their number."""
+    if count > 1:
+        raise ValueError(
+            f"a stream is read in its order, by one worker at most: dataloader_num_workers={count} must be 1 or 0, "
+            "or tokenize first, without streaming"
+        )
 
 
 def packed(sized: Iterable[tuple[T, int]], length: int) -> Iterator[list[T]]:

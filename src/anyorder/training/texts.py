@@ -7,10 +7,9 @@ can; nothing is thrown away. Documents lie in Arrow files that are mapped into m
 
 from __future__ import annotations
 
-import bisect
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -21,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from anyorder.infill.pieces import Pieces
 from anyorder.training.curriculum import MIN_LENGTH, Document
+from anyorder.training.cutting import cut
 
 FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:]*))?(:(?P<split>[^:]+))?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:|$)")
-_SENTENCE = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
 
 
 def open_texts(source: str | Path, streaming: bool = False) -> Any:
@@ -124,8 +123,8 @@ def tokenized(texts: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     """A data set of texts as one of documents: columns ids, sentence_starts, length."""
     if max_length < MIN_LENGTH:
         raise ValueError(f"documents need at least {MIN_LENGTH} tokens, got a length of {max_length}")
-    cut = functools.partial(_records, tokenizer=tokenizer, max_length=max_length)
-    return texts.map(cut, batched=True, remove_columns=["text"])
+    records = functools.partial(_records, tokenizer=tokenizer, max_length=max_length)
+    return texts.map(records, batched=True, remove_columns=["text"])
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Documents:
@@ -136,33 +135,12 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_lengt
 
 
 def _records(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
-    first = Pieces(tokenizer).start_token()  # reads the whole vocabulary: once a batch, not once a text
+    start = Pieces(tokenizer).start_token()  # reads the whole vocabulary: once a batch, not once a text
     texts = [text for text in batch["text"] if isinstance(text, str)]
-    found = [cut for text in texts for cut in _cut(text, tokenizer, max_length, first)]
-    ids = [ids for ids, _ in found]
-    return {"ids": ids, "sentence_starts": [starts for _, starts in found], "length": [len(own) for own in ids]}
-
-
-def _cut(
-    text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, first: int
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids, the start token `first` included, and sentence starts of each document of a text."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]]
-    marks = [0] + [match.end() for match in _SENTENCE.finditer(text)]
-    starts = sorted({_first_token(offsets, mark, text) for mark in marks} - {len(ids)})
-    begin = 0
-    while begin < len(ids):
-        end = min(begin + max_length - 1, len(ids))
-        inside = [s for s in starts if begin < s <= end]
-        if end < len(ids) and inside:
-            end = inside[-1]
-        yield [first, *ids[begin:end]], [s - begin + 1 for s in starts if begin <= s < end]
-        begin = end
-
-
-def _first_token(offsets: list[int], mark: int, text: str) -> int:
-    """The number of the token that brings the character at `mark`, with the space in front of it."""
-    index = bisect.bisect_left(offsets, mark)
-    before = index > 0 and index <= len(offsets) and offsets[index - 1] == mark - 1 and text[mark - 1].isspace()
-    return index - 1 if before else index
+    found = list(cut(texts, tokenizer, max_length, start))
+    starts = [document.sentence_starts for document in found]
+    return {
+        "ids": [document.ids for document in found],
+        "sentence_starts": starts,
+        "length": [len(d.ids) for d in found],
+    }

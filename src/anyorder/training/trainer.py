@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sized
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerControl
+from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -18,7 +19,9 @@ from anyorder.core.factorization import Factorization
 from anyorder.hub.checkpoint import QUERY_FILE, read_weights
 from anyorder.model.adapters import WEIGHTS_FILE
 from anyorder.training import checkpoints
-from anyorder.training.data import Sequences, Stream, collate
+from anyorder.training.data import Sequences, Stream, check_workers, collate
+
+logger = logging.getLogger(__name__)
 
 
 class AnyOrderTrainer(Trainer):
@@ -31,8 +34,13 @@ class AnyOrderTrainer(Trainer):
     control: TrainerControl
     train_dataset: Sequences | Stream
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, data_collator=collate, **kwargs)
+    def __init__(self, *, args: TrainingArguments, train_dataset: Sequences | Stream, **kwargs: Any):
+        if isinstance(train_dataset, Stream):
+            check_workers(args.dataloader_num_workers)
+        if args.n_gpu > 1:  # DataParallel would take as many batches a step, and cannot split a packed row
+            logger.warning("%d devices are visible, one is used; for all of them: torchrun", args.n_gpu)
+            args._n_gpu = 1  # what transformers itself does to keep DataParallel away
+        super().__init__(args=args, train_dataset=train_dataset, data_collator=collate, **kwargs)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(LiveProgress)
