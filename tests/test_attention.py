@@ -50,7 +50,7 @@ def test_blocks_of_rows_equal_one_mask(architecture, recipe, monkeypatch):
     ids = IDS.repeat(2, 1)
     whole = model(ids, order).logits
     monkeypatch.setattr(attention, "MASK_ELEMENTS", 200)
-    monkeypatch.setattr(attention, "ADDITIVE_ELEMENTS", 0)
+    monkeypatch.setattr(attention, "KEPT_ELEMENTS", 0)
     torch.testing.assert_close(model(ids, order).logits, whole, atol=2e-5, rtol=0)
 
 
@@ -60,9 +60,43 @@ def test_rows_that_read_everything_need_no_mask():
     layout = lay_out(IDS, Factorization.from_groups([list(range(T - 1)), [T - 1]]), "paper")
     reads = attention.Reads(layout.rows, layout.key_positions, torch.device("cpu"))
     (content, query) = (slice(0, 1), slice(T, T + 1))
-    assert reads._block(query, None, 1, torch.bool)[2] is None
-    assert reads._block(slice(0, T + 1), None, 1, torch.bool)[2] is not None
-    assert reads._block(content, 2, 1, torch.bool)[2] is not None
+    every, none = slice(0, T), torch.empty(0)
+    assert reads._mask(query, slice(0, T - 1), None, 1, torch.bool, none) is None
+    assert reads._mask(slice(0, T + 1), every, None, 1, torch.bool, none) is not None
+    assert reads._mask(content, every, 2, 1, torch.bool, none) is not None
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_masks_in_floats_say_what_boolean_ones_say(window):
+    """The former are filled only where not every row reads; heads that share a key head are rows of the mask."""
+    from anyorder.core.layout import lay_out
+
+    orders = [ORDERS["random_3"], ORDERS["left_to_right_2"], Factorization.left_to_right(T - 3)]
+    layout = lay_out(IDS.repeat(3, 1), Factorization.stack(orders), "exact")
+    reads = attention.Reads(layout.rows, layout.key_positions, torch.device("cpu"))
+    none = torch.empty(0)
+    for rows, keys in ((slice(0, 5), slice(0, T)), (slice(6, 9), slice(0, T)), (slice(T, T + 4), slice(0, T))):
+        plain = reads._mask(rows, keys, window, 2, torch.bool, none)
+        assert torch.equal(plain, reads._mask(rows, keys, window, 1, torch.bool, none).repeat(1, 1, 2, 1))
+        for scratch in (none, torch.full((1000,), 7.0)):
+            floats = reads._mask(rows, keys, window, 2, torch.float32, scratch)
+            assert torch.equal(floats, attention.additive(plain, torch.float32))
+
+
+def test_large_masks_are_not_kept_and_small_ones_are_made_once(monkeypatch):
+    model = converted("llama")
+    made = []
+    mask = attention.Reads._mask
+    monkeypatch.setattr(attention.Reads, "_mask", lambda self, *a: made.append(a) or mask(self, *a))
+    with torch.no_grad():
+        model(IDS, ORDERS["random_3"])
+        once = len(made)
+        monkeypatch.setattr(attention, "KEPT_ELEMENTS", 0)
+        model(IDS, ORDERS["random_3"])
+    assert len(made) - once == 3 * once  # layers
+    made.clear()
+    model(IDS, ORDERS["random_3"])  # the backward pass needs them all: the layers share them
+    assert len(made) == once
 
 
 @torch.no_grad()

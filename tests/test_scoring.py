@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,3 +150,35 @@ def test_chunks_do_not_change_scores(monkeypatch):
     whole = model.log_likelihood(IDS[:1], f)
     monkeypatch.setattr(head, "CHUNK", 3)
     torch.testing.assert_close(model.log_likelihood(IDS[:1], f), whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through /proc")
+def test_long_texts_take_the_memory_of_their_rows():
+    """Masks come block by block: scoring 16,384 tokens peaks where the base model's own forward of them does."""
+    script = """
+import sys, torch
+torch.set_num_threads(1)
+from architectures import VOCABULARY, base_model
+from anyorder import AnyOrderForCausalLM, Factorization
+
+N = 16384
+
+def mib(name):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) / 1024
+
+ids = torch.randint(3, VOCABULARY, (1, N), generator=torch.Generator().manual_seed(0))
+model = AnyOrderForCausalLM.from_causal_lm(base_model("llama", max_position_embeddings=N, num_hidden_layers=2))
+order = Factorization.left_to_right(N)
+for what in (lambda: model.causal_lm.model(ids, use_cache=True), lambda: model.log_likelihood(ids, order)):
+    with torch.no_grad():
+        before = mib("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")
+        what()
+        print(mib("VmHWM") - before)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    base, ours = map(float, done.stdout.split())
+    assert ours <= 1.3 * base + 8, f"{ours} MiB; the base model {base}"

@@ -13,6 +13,8 @@ Shapes: B batch, H query heads, G key/value heads, R rows, C content rows, K key
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,9 +37,9 @@ BLOCK_ROWS = 64
 packed documents do not pay for each other, nor early tokens for late ones. Elsewhere a call costs more than what it
 reads, and only MASK_ELEMENTS bounds the blocks."""
 
-ADDITIVE_ELEMENTS = 1 << 20
-"""Up to this size a block's mask is turned once a forward into the floats that SDPA's CPU kernel wants, instead of in
-every layer. Larger masks stay booleans."""
+KEPT_ELEMENTS = 1 << 22
+"""Masks of a forward that have no more elements in all are made once and kept for all its layers; larger ones are made
+block by block in every layer, which costs little beside the attention itself, and let go at once."""
 
 _UNSUPPORTED = ("s_aux", "position_bias", "sinks")
 
@@ -47,7 +49,7 @@ Block = tuple[slice, slice, Tensor | None]
 
 
 class Reads:
-    """What the rows of one forward may read. Masks are made once and shared by all layers.
+    """What the rows of one forward may read.
 
     Args:
         rows: the layout; its tensors may stand on the CPU whatever the model's device.
@@ -67,13 +69,15 @@ class Reads:
     ):
         assert implementation in IMPLEMENTATIONS
         self.implementation = implementation
+        self.row_count = rows.lo.numel()
         self.content_count = rows.content_count
         self.key_count = int(rows.hi.max())
         self.calls: list[tuple[int, int | None]] = []  # (layer, sliding window), in the order they came
         self._rows, self._key_positions, self._device, self._store = rows, key_positions, device, store
         self._ranks = rows.ranks.to(device) if store is not None else rows.ranks
         self._start = _common_start(rows.ranks, store.capacity) if store is not None else None
-        self._plans: dict[tuple[int | None, int, torch.dtype], list[Block]] = {}
+        self._spans: dict[int, list[tuple[slice, slice]]] = {}
+        self._kept: dict[tuple[int | None, int, torch.dtype], list[Block]] = {}
         self._block_masks: dict[int | None, Any] = {}
 
     @functools.cached_property
@@ -99,36 +103,82 @@ class Reads:
             key, value = self._store.append(layer, key, value, self._ranks, self._start)
         return key[:, :, : self.key_count], value[:, :, : self.key_count]
 
-    def plan(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Block]:
+    @property
+    def stacks_heads(self) -> bool:
+        """Whether the heads that share a key head are stacked as rows, each with its copy of the mask.
+
+        SDPA's kernel for the CPU shares keys and masks among heads by itself.
+        """
+        return self._device.type != "cpu"
+
+    def plan(self, window: int | None, repeats: int, dtype: torch.dtype) -> Iterator[Block]:
         """Blocks of rows, the keys each reads, and its mask (None: reads them all).
 
-        Masks have shape (B, 1, repeats * rows, keys): the heads that share a key head are stacked as rows. They are
-        boolean, or small and additive in `dtype`.
+        Masks have shape (B, 1, repeats * rows, keys): `repeats` heads that share a key head are stacked as rows. On the
+        CPU they are additive in `dtype`, which its kernel wants, unless that is boolean; elsewhere they are boolean.
         """
-        if (window, repeats, dtype) not in self._plans:
-            B, R = self._rows.lo.shape
-            size = max(1, MASK_ELEMENTS // (B * repeats * self.key_count))
-            size = min(BLOCK_ROWS, size) if self._device.type == "cpu" else size
-            C = self.content_count  # a block of the last content and the first queries would read everything
-            self._plans[window, repeats, dtype] = [
-                self._block(slice(first, min(first + size, end)), window, repeats, dtype)
-                for begin, end in ((0, C), (C, R))
-                for first in range(begin, end, size)
-            ]
-        return self._plans[window, repeats, dtype]
+        kept = self._kept.get((window, repeats, dtype))
+        if kept is not None:
+            yield from kept
+            return
+        if repeats not in self._spans:
+            self._spans[repeats] = self._blocks_of_rows(repeats)
+        blocks = self._spans[repeats]
+        elements = sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in blocks)
+        keep = elements * repeats * len(self._rows.lo) <= KEPT_ELEMENTS
+        # Where gradients flow, every layer's attention keeps its masks for the backward pass: better the same ones.
+        made: list[Block] | None = [] if keep or torch.is_grad_enabled() else None
+        # Masks that grow from block to block would each leave a hole in the heap that the next one does not fit in.
+        largest = max((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in blocks)
+        reused = made is None and self._device.type == "cpu"
+        scratch = torch.empty(largest * repeats * len(self._rows.lo) if reused else 0, dtype=dtype)
+        for rows, keys in blocks:
+            block = rows, keys, self._mask(rows, keys, window, repeats, dtype, scratch)
+            if made is not None:
+                made.append(block)
+            yield block
+        if made is not None:
+            self._kept[window, repeats, dtype] = made
 
-    def _block(self, rows: slice, window: int | None, repeats: int, dtype: torch.dtype) -> Block:
+    def _blocks_of_rows(self, repeats: int) -> list[tuple[slice, slice]]:
+        """The rows in blocks, and for each the keys between its lowest and its highest interval."""
+        B, R = self._rows.lo.shape
+        size = max(1, MASK_ELEMENTS // (B * repeats * self.key_count))
+        size = min(BLOCK_ROWS, size) if self._device.type == "cpu" else size
+        C = self.content_count  # a block of the last content and the first queries would read everything
+        blocks = []
+        for begin, end in ((0, C), (C, R)):
+            for first in range(begin, end, size):
+                rows = slice(first, min(first + size, end))
+                blocks.append((rows, slice(int(self._rows.lo[:, rows].min()), int(self._rows.hi[:, rows].max()))))
+        return blocks
+
+    def _mask(
+        self, rows: slice, keys: slice, window: int | None, repeats: int, dtype: torch.dtype, scratch: Tensor
+    ) -> Tensor | None:
+        """The mask of `plan`; one of floats lies in `scratch` if that is not empty."""
         lo, hi = self._rows.lo[:, rows], self._rows.hi[:, rows]
-        keys = slice(int(lo.min()), int(hi.max()))
         if window is None and bool((lo == keys.start).all()) and bool((hi == keys.stop).all()):
-            return rows, keys, None
+            return None
+        if dtype == torch.bool or self._device.type != "cpu":
+            return for_heads(self._which(rows, keys, window), repeats)
+        parts = [keys]
+        if window is None and int(lo.max()) < int(hi.min()):  # all rows read what lies between: often nearly everything
+            parts = [slice(keys.start, int(lo.max())), slice(int(hi.min()), keys.stop)]
+        shape = len(lo), 1, repeats, lo.shape[1], keys.stop - keys.start
+        out = scratch[: math.prod(shape)].view(shape).zero_() if len(scratch) else torch.zeros(shape, dtype=dtype)
+        for part in parts:
+            unread = ~self._which(rows, part, window)[:, None, None]
+            out[..., part.start - keys.start : part.stop - keys.start].masked_fill_(unread, -torch.inf)
+        return out.flatten(2, 3)
+
+    def _which(self, rows: slice, keys: slice, window: int | None) -> Tensor:
+        """(B, R, K) bool on the model's device: which of these keys each of these rows reads."""
         rank = torch.arange(keys.start, keys.stop, device=self._device)
-        of_rows = lo, hi, self._rows.positions[:, rows], self._key_positions[:, keys]
-        lo, hi, here, there = (tensor.to(self._device) for tensor in of_rows)
-        mask = for_heads(which_are_read(lo, hi, rank, here, there, window), repeats)
-        if dtype != torch.bool and mask.device.type == "cpu" and mask.numel() <= ADDITIVE_ELEMENTS:
-            mask = additive(mask, dtype)
-        return rows, keys, mask
+        lo, hi = self._rows.lo[:, rows], self._rows.hi[:, rows]
+        tensors = lo, hi, self._rows.positions[:, rows], self._key_positions[:, keys]
+        lo, hi, here, there = (tensor.to(self._device) for tensor in tensors)
+        return which_are_read(lo, hi, rank, here, there, window)
 
     def block_mask(self, window: int | None) -> Any:
         """The same rule as a FlexAttention `BlockMask`, which skips the blocks that no row reads."""
@@ -222,17 +272,30 @@ def _blocks(
 ) -> Tensor:
     B, H, R, D = query.shape
     G = key.shape[1]
-    grouped = query.reshape(B, G, H // G, R, D)
-    outputs = []
-    for rows, keys, mask in reads.plan(window, H // G, query.dtype if softcap is None else torch.bool):
-        q = grouped[:, :, :, rows].reshape(B, G, -1, D)
+    stacked = reads.stacks_heads or softcap is not None
+    repeats = H // G if stacked else 1
+    grouped = query.reshape(B, H // repeats, repeats, R, D)
+    outputs: list[Tensor] = []
+    whole: Tensor | None = None
+    for rows, keys, mask in reads.plan(window, repeats, query.dtype if softcap is None else torch.bool):
+        q = grouped[:, :, :, rows].reshape(B, H // repeats, -1, D)
         k, v = key[:, :, keys], value[:, :, keys]
         if softcap is None:
-            out = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling)
+            some = nn.functional.scaled_dot_product_attention(
+                q, k, v, mask, dropout, scale=scaling, enable_gqa=q.shape[1] != G
+            )
         else:
-            out = _explicit(q, k, v, mask, scaling, dropout, softcap)
-        outputs.append(out.reshape(B, H, -1, value.shape[-1]))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+            some = _explicit(q, k, v, mask, scaling, dropout, softcap)
+        some = some.reshape(B, H, -1, value.shape[-1])
+        if rows == slice(0, R):
+            return some
+        if torch.is_grad_enabled():
+            outputs.append(some)
+            continue
+        if whole is None:
+            whole = some.new_empty(B, H, R, some.shape[-1])
+        whole[:, :, rows] = some
+    return torch.cat(outputs, dim=2) if whole is None else whole
 
 
 def _explicit(

@@ -50,6 +50,7 @@ class StaticReads:
     """
 
     implementation = "sdpa"
+    stacks_heads = True
 
     def __init__(
         self,
