@@ -16,7 +16,11 @@ from torch import Tensor
 
 from anyorder.core.factorization import Factorization
 from anyorder.core.layout import compact
+from anyorder.decoding.draw import Evaluated
 from anyorder.decoding.engine import Queries, Run, Scheduler, Step
+
+LOGITS_AT_ONCE = 2**22
+"""Logits, positions times vocabulary, that are measured at a time: 16 MiB, and a few times that in between."""
 
 
 class Policy(ABC):
@@ -66,8 +70,25 @@ class GroupPolicy(Policy):
         return torch.ones_like(row, dtype=torch.bool)
 
 
+class MeasuringPolicy(GroupPolicy):
+    """A `GroupPolicy` to which a few numbers of each position say enough: it never holds the logits of all of them."""
+
+    @abstractmethod
+    def measure(self, logits: Tensor) -> Tensor:
+        """(N, M) on the CPU: what `choose` needs of (N, V) float32 logits, each row by itself."""
+
+    @abstractmethod
+    def choose(self, measured: Tensor, row: Tensor, column: Tensor, uniform: Tensor) -> Tensor:
+        """As `select`, from (N, M) of `measure`."""
+
+    def select(self, logits: Tensor, row: Tensor, column: Tensor, uniform: Tensor) -> Tensor:
+        return self.choose(self.measure(logits), row, column, uniform)
+
+
 class GroupScheduler(Scheduler):
     """A `GroupPolicy` at work: evaluate what it asks for, commit what it chooses."""
+
+    policy: GroupPolicy
 
     def __init__(self, policy: GroupPolicy, run: Run):
         super().__init__(run)
@@ -81,15 +102,42 @@ class GroupScheduler(Scheduler):
         return Queries(columns, used, run.tokens.counts[:, None].expand_as(columns))
 
     def advance(self, queries: Queries, hidden: Tensor, source: Tensor) -> Step:
-        run, found = self.run, self.run.evaluate(queries, hidden, source)
-        row, column = found.row, found.column
-        chosen = self.policy.select(found.logits, row, column, run.uniforms.selection[row, column])
-        idle = sorted(set(row.tolist()) - set(row[chosen].tolist()))
-        if idle:
-            raise ValueError(f"{self.policy!r} committed nothing in row {idle[0]}: at least one position a step")
-        found = found.take(chosen)
+        run, found = self.run, self._chosen(queries, hidden, source)
         token, _ = run.draw(found, run.uniforms.draw)
         before = run.known
         step = run.commit(found.row, found.column, token, found.log_probs(token))
         run.append(run.known & ~before)
         return step
+
+    def _chosen(self, queries: Queries, hidden: Tensor, source: Tensor) -> Evaluated:
+        """What to commit of what was asked for, with its logits."""
+        found = self.run.evaluate(queries, hidden, source)
+        return found.take(self._checked(self._select(found), found.row))
+
+    def _select(self, found: Evaluated) -> Tensor:
+        uniform = self.run.uniforms.selection[found.row, found.column]
+        return self.policy.select(found.logits, found.row, found.column, uniform)
+
+    def _checked(self, chosen: Tensor, row: Tensor) -> Tensor:
+        idle = sorted(set(row.tolist()) - set(row[chosen].tolist()))
+        if idle:
+            raise ValueError(f"{self.policy!r} committed nothing in row {idle[0]}: at least one position a step")
+        return chosen
+
+
+class MeasuringScheduler(GroupScheduler):
+    """A `MeasuringPolicy` at work: some positions' logits at a time are measured, then those of the chosen made."""
+
+    policy: MeasuringPolicy
+
+    def _chosen(self, queries: Queries, hidden: Tensor, source: Tensor) -> Evaluated:
+        run = self.run
+        row, _ = queries.used.nonzero(as_tuple=True)
+        at_once = max(1, LOGITS_AT_ONCE // run.runner.model.vocabulary_size)
+        if len(row) <= at_once:
+            return super()._chosen(queries, hidden, source)
+        parts = zip(row.split(at_once), source[queries.used].split(at_once), strict=True)
+        measured = torch.cat([self.policy.measure(run.logits(hidden, *part)) for part in parts])
+        column = queries.columns[queries.used]
+        chosen = self.policy.choose(measured, row, column, run.uniforms.selection[row, column])
+        return run.evaluate(queries.only(self._checked(chosen, row)), hidden, source)

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from anyorder.core.factorization import Factorization
 from anyorder.decoding.engine import Queries, Run, Scheduler, Step
-from anyorder.decoding.policies.base import GroupPolicy, GroupScheduler
+from anyorder.decoding.policies.base import MeasuringPolicy, MeasuringScheduler
+from anyorder.decoding.sampling import check_number
 
 Criterion = Literal["confidence", "entropy", "margin", "random"]
 
 
 @dataclass(frozen=True)
-class Dynamic(GroupPolicy):
+class Dynamic(MeasuringPolicy):
     """Dynamic resampling (A3, arXiv 2601.13228, Algorithm 2).
 
     Args:
@@ -65,7 +66,7 @@ class Dynamic(GroupPolicy):
             raise ValueError(f"{' and '.join(said)} each say how many positions a step commits: choose one")
         for name in ("step_size", "spacing", "window"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         if not isinstance(self.max_revisions, int) or isinstance(self.max_revisions, bool) or self.max_revisions < 0:
             raise ValueError(f"max_revisions must be a whole number, at least 0, got {self.max_revisions!r}")
@@ -74,9 +75,7 @@ class Dynamic(GroupPolicy):
                 f"max_revisions={self.max_revisions} takes tokens back, which a cache cannot: add reencode=True"
             )
         for name in ("threshold", "entropy_budget"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
-                raise ValueError(f"{name} must be a number, got {value!r}")
+            check_number(name, getattr(self, name))
         if self.entropy_budget is not None and self.entropy_budget < 0:
             raise ValueError(f"entropy_budget must be at least 0, got {self.entropy_budget}")
         if self.threshold is not None and self.criterion == "random":
@@ -87,14 +86,26 @@ class Dynamic(GroupPolicy):
         return self.criterion == "random"
 
     def scheduler(self, run: Run) -> Scheduler:
-        return RevisingScheduler(self, run) if self.max_revisions else GroupScheduler(self, run)
+        return RevisingScheduler(self, run) if self.max_revisions else MeasuringScheduler(self, run)
 
     def candidates(self, factorization: Factorization, is_open: Tensor) -> Tensor:
         return is_open if self.window is None else is_open & (is_open.cumsum(dim=1) <= self.window)
 
-    def select(self, logits: Tensor, row: Tensor, column: Tensor, uniform: Tensor) -> Tensor:
+    def measure(self, logits: Tensor) -> Tensor:
+        """(N, 2) float32: how sure, the greater the sooner, and the entropy in nats; 0 where nothing asks for them."""
         log_probs = logits.log_softmax(dim=-1)
-        sureness = self._sureness(log_probs, uniform)
+        zero = torch.zeros(len(logits))
+        needs_entropy = self.criterion == "entropy" or self.entropy_budget is not None
+        entropy = torch.special.entr(log_probs.exp()).sum(dim=-1).cpu() if needs_entropy else zero
+        sureness = -entropy if self.criterion == "entropy" else zero
+        if self.criterion in ("confidence", "margin"):
+            best = log_probs.topk(2, dim=-1).values.exp().cpu()
+            sureness = best[:, 0] if self.criterion == "confidence" else best[:, 0] - best[:, 1]
+        return torch.stack([sureness, entropy], dim=1)
+
+    def choose(self, measured: Tensor, row: Tensor, column: Tensor, uniform: Tensor) -> Tensor:
+        sureness, entropy = measured.unbind(1)
+        sureness = uniform if self.criterion == "random" else sureness
         # Surest first within each row; among equals the left one.
         order = sureness.argsort(descending=True, stable=True)
         order = order[row[order].argsort(stable=True)]
@@ -106,7 +117,7 @@ class Dynamic(GroupPolicy):
             bound = -self.threshold if self.criterion == "entropy" else self.threshold
             within = sureness[order] > bound
         elif self.entropy_budget is not None:
-            entropy = _entropy(log_probs)[order].double()
+            entropy = entropy[order].double()
             before = entropy.cumsum(dim=0) - entropy
             within = before - before[surest] <= self.entropy_budget
         else:
@@ -139,17 +150,8 @@ class Dynamic(GroupPolicy):
             apart.masked_fill_(near & take[:, None], -torch.inf)
         return out[row, column]
 
-    def _sureness(self, log_probs: Tensor, uniform: Tensor) -> Tensor:
-        """(N,) float on the CPU: the greater, the sooner."""
-        if self.criterion == "random":
-            return uniform
-        if self.criterion == "entropy":
-            return -_entropy(log_probs)
-        best = log_probs.topk(2, dim=-1).values.exp().cpu()
-        return best[:, 0] if self.criterion == "confidence" else best[:, 0] - best[:, 1]
 
-
-class RevisingScheduler(GroupScheduler):
+class RevisingScheduler(MeasuringScheduler):
     """The same, and once more for each row's least likely tokens."""
 
     policy: Dynamic
@@ -172,7 +174,3 @@ class RevisingScheduler(GroupScheduler):
         log_probs = self.run.log_probs.masked_fill(~self.run.revisable, torch.inf)
         places = log_probs.argsort(dim=1, stable=True).argsort(dim=1)
         return (places < self.policy.max_revisions) & self.run.revisable
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    return torch.special.entr(log_probs.exp()).sum(dim=-1).cpu()

@@ -26,7 +26,7 @@ class GroupWise(GroupPolicy):
     size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+        if self.size is not None and (not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1):
             raise ValueError(f"size must be a whole number, at least 1, got {self.size!r}")
 
     def prepare(self, factorization: Factorization) -> Factorization:
