@@ -1,12 +1,12 @@
 """What a blank may hold: one of several strings, a regular expression, a value of a JSON schema.
 
 A blank has a fixed number of tokens, so a constraint must be met in exactly so many. That asks for more than which
-tokens may come next: which of them can still end in time. outlines-core compiles a regular expression over a vocabulary
-into an explicit automaton of tokens, where this is a walk back from the final states; the libraries that make masks on
-the fly (llguidance, xgrammar) are faster to set up and know richer grammars, but cannot be asked. So what cannot be met
-is refused before decoding starts, and what starts always ends well.
+tokens may come next: which of them can still end in time. outlines-core compiles a regular expression into an explicit
+automaton, where this is a walk back from the final states; the libraries that make masks on the fly (llguidance,
+xgrammar) are faster to set up and know richer grammars, but cannot be asked. So what cannot be met is refused before
+decoding starts, and what starts always ends well.
 
-This module knows automata and token ids; `infilling` knows text.
+This module knows automata and token ids; `infill` knows text.
 
 Shapes: B batch, T columns, N predictions, V vocabulary.
 """
@@ -14,6 +14,7 @@ Shapes: B batch, T columns, N predictions, V vocabulary.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,17 @@ import torch
 from torch import Tensor
 
 from anyorder.core.factorization import Factorization
-
-_MARK = "\x00"
-LONGEST = 64
-"""Lengths in tokens that are tried when saying which would do."""
+from anyorder.decoding.automata import (
+    KEPT_BYTES,
+    LONGEST,
+    Automaton,
+    LeastRecentlyUsed,
+    Restricted,
+    TokenAutomaton,
+    Vocabulary,
+)
+from anyorder.decoding.regular_expressions import NOT_INSTALLED, compiled, without_anchors
+from anyorder.decoding.sampling import AllowedTokens
 
 
 @dataclass(frozen=True)
@@ -43,134 +51,95 @@ class Choice:
 
 @dataclass(frozen=True)
 class Pattern:
-    """The whole blank matches a regular expression (of Rust's regex syntax, without look-around or back-references)."""
+    """The whole blank matches a regular expression (of Rust's regex syntax, without look-around, back-references and
+    word boundaries). Anchors where the text begins and ends may be there or not.
+
+    Raises:
+        ValueError: if it is empty, or holds what is not supported.
+    """
 
     regex: str
+
+    def __post_init__(self) -> None:
+        without_anchors(self.regex, self.name)
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"the pattern {self.regex!r}"
 
 
 @dataclass(frozen=True)
 class JsonSchema:
-    """The blank is a JSON value of a schema (those that outlines-core can turn into a regular expression)."""
+    """The blank is a JSON value of a schema (those that outlines-core can turn into a regular expression).
+
+    Raises:
+        ValueError: if the schema is no JSON.
+    """
 
     schema: str
 
     def __init__(self, schema: str | Mapping[str, Any]):
-        object.__setattr__(self, "schema", schema if isinstance(schema, str) else json.dumps(schema))
+        try:
+            text = schema if isinstance(schema, str) else json.dumps(schema)
+            json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the JSON schema {schema} cannot be used: it is no JSON: {error}") from error
+        object.__setattr__(self, "schema", text)
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"the JSON schema {self.schema}"
 
     @functools.cached_property
-    def pattern(self) -> Pattern:
+    def regex(self) -> str:
         """The same as a regular expression.
 
         Raises:
-            ValueError: if the schema is none, or cannot be one.
+            ValueError: if it cannot be one.
         """
+        if importlib.util.find_spec("outlines_core") is None:
+            raise ValueError(NOT_INSTALLED)
         from outlines_core.json_schema import build_regex_from_schema
 
         try:
-            return Pattern(build_regex_from_schema(self.schema))
+            return build_regex_from_schema(self.schema)
         except Exception as error:  # a plain Exception, a ValueError, a TypeError, by what is wrong
-            raise ValueError(f"the JSON schema {self.schema} cannot be used: {error}") from error
+            raise ValueError(f"{self.name} cannot be used: {error}") from error
 
 
 Constraint = Choice | Pattern | JsonSchema
 
 
-class Automaton:
-    """A regular expression over a vocabulary of tokens.
-
-    Args:
-        regex: what the whole text of the tokens must match.
-        tokens: text of each token that may be used, by id.
-        vocabulary_size: V.
-
-    Raises:
-        ValueError: if the expression is none, or no tokens match it.
-    """
-
-    def __init__(self, regex: str, tokens: Mapping[int, str], vocabulary_size: int):
-        try:
-            from outlines_core import Index, Vocabulary
-        except ImportError as error:
-            raise ValueError("constraints need outlines-core: pip install 'anyorder[constraints]'") from error
-        ids: dict[bytes, list[int]] = {}
-        for token_id, text in tokens.items():
-            if _MARK not in text:
-                ids.setdefault(text.encode(), []).append(token_id)
-        # outlines-core loses ways that lead on from where a match could end ("1" to "1." in numbers), so no match may
-        # end before a mark that no token holds: the states that can end are those that it leads from to a final one.
-        mark, unused = vocabulary_size, vocabulary_size + 1
-        try:
-            index = Index(f"(?:{regex}){_MARK}", Vocabulary(unused, ids | {_MARK.encode(): [mark]}))
-        except ValueError as error:
-            raise ValueError(f"the pattern {regex!r} cannot be used: {error}") from error
-        self.vocabulary_size, self.start = vocabulary_size, int(index.get_initial_state())
-        transitions, final = index.get_transitions(), index.get_final_states()
-        self.transitions: dict[int, dict[int, int]] = {
-            state: {token: after for token, after in row.items() if token < mark} for state, row in transitions.items()
-        }
-        ends = frozenset(state for state, row in transitions.items() if row.get(mark) in final)
-        self._ending = [ends]  # number r: the states that can end in exactly r tokens
-        self._before: dict[int, set[int]] = {}
-        for state, row in self.transitions.items():
-            for after in set(row.values()):
-                self._before.setdefault(after, set()).add(state)
-        self._masks: dict[tuple[int, int], Tensor] = {}
-
-    def can_end(self, state: int, remaining: int) -> bool:
-        """Whether some `remaining` more tokens end in a match."""
-        while len(self._ending) <= remaining:
-            last = self._ending[-1]
-            self._ending.append(frozenset().union(*(self._before.get(state, ()) for state in last)))
-        return state in self._ending[remaining]
-
-    def mask(self, state: int, remaining: int) -> Tensor:
-        """(V,) bool: the tokens after which `remaining - 1` more can end in a match."""
-        if (state, remaining) not in self._masks:
-            row = self.transitions.get(state, {})
-            good = [token for token, after in row.items() if self.can_end(after, remaining - 1)]
-            mask = torch.zeros(self.vocabulary_size, dtype=torch.bool)
-            mask[good] = True
-            self._masks[state, remaining] = mask
-        return self._masks[state, remaining]
-
-    def walk(self, tokens: Sequence[int]) -> int | None:
-        """The state after some tokens from the start; None if they lead nowhere."""
-        state: int | None = self.start
-        for token in tokens:
-            state = None if state is None else self.transitions.get(state, {}).get(token)
-        return state
-
-    def lengths(self) -> list[int]:
-        """Lengths in tokens that can match, up to LONGEST."""
-        return [n for n in range(1, LONGEST + 1) if self.can_end(self.start, n)]
-
-
 class Automata:
-    """The automata of patterns, each made once.
+    """The automata of a vocabulary; those used last are kept.
 
     Args:
-        texts: gives the text of each token that patterns are made of, by id; asked when the first pattern comes.
+        texts: gives what each token spells that patterns are made of, by id; asked when the first pattern comes.
         vocabulary_size: V.
+        limit: bytes of automata that are kept.
     """
 
-    def __init__(self, texts: Callable[[], Mapping[int, str]], vocabulary_size: int):
-        self._texts, self.vocabulary_size = functools.cache(texts), vocabulary_size
-        self._made: dict[tuple[str, tuple[int, ...]], Automaton] = {}
+    def __init__(self, texts: Callable[[], Mapping[int, str | bytes]], vocabulary_size: int, limit: int = KEPT_BYTES):
+        self._vocabulary = functools.cache(lambda: Vocabulary(texts(), vocabulary_size))
+        self.vocabulary_size, self.kept = vocabulary_size, LeastRecentlyUsed(limit)
 
-    def of(self, kind: Constraint | None, eats_space: bool, suppressed: tuple[int, ...]) -> Automaton | None:
+    def of(self, kind: Constraint | None, eats_space: bool, suppressed: Sequence[int]) -> Automaton | None:
         """What a blank's tokens must match, the space included that the first one brings; None: anything.
 
         Raises:
-            ValueError: if the pattern or the schema is none, or no tokens match it.
+            ValueError: if the pattern or the schema is none, or no tokens match it, or it is too large.
         """
-        kind = kind.pattern if isinstance(kind, JsonSchema) else kind
-        if not isinstance(kind, Pattern):
+        if not isinstance(kind, Pattern | JsonSchema):
             return None
-        regex = f" (?:{kind.regex})" if eats_space else kind.regex
-        if (regex, suppressed) not in self._made:
-            tokens = {i: text for i, text in self._texts().items() if i not in suppressed}
-            self._made[regex, suppressed] = Automaton(regex, tokens, self.vocabulary_size)
-        return self._made[regex, suppressed]
+        key = (kind, eats_space, frozenset(suppressed))
+        automaton: Automaton | None = self.kept.get(key)
+        if automaton is None:
+            found = compiled(without_anchors(kind.regex, kind.name), kind.name, " " * eats_space)
+            automaton = Automaton(found, self._vocabulary(), self.vocabulary_size, suppressed, kind.name, self.kept)
+            self.kept.put(key, automaton, automaton.size)
+        return automaton
 
 
 @dataclass(frozen=True)
@@ -180,7 +149,7 @@ class BlankConstraint:
     row: int
     columns: tuple[int, ...]
     """Neighbours, from left to right."""
-    automaton: Automaton
+    automaton: TokenAutomaton
 
 
 class BlankConstraints:
@@ -213,6 +182,37 @@ class BlankConstraints:
                     "choose group_size=1 and order='left_to_right', or policies.speculative()"
                 )
 
+    def within(self, allowed: AllowedTokens | None) -> BlankConstraints:
+        """The same where positions may take certain tokens only: what is allowed then ends well too.
+
+        Args:
+            allowed: which tokens each position may take; None: any.
+
+        Raises:
+            ValueError: if a blank's constraint cannot be met with what its positions may take.
+        """
+        if allowed is None:
+            return self
+        made: dict[tuple[int, tuple[int, ...]], Restricted] = {}
+        masks = list(allowed.masks.cpu())
+        blanks = []
+        for blank in self.blanks:
+            numbers = tuple(allowed.index[blank.row, list(blank.columns)].tolist())
+            automaton = blank.automaton
+            if isinstance(automaton, Automaton):
+                key = id(automaton), numbers
+                made[key] = made.get(key) or Restricted(automaton, [masks[number] for number in numbers])
+                automaton = made[key]
+            remaining = len(blank.columns)
+            first = automaton.mask(automaton.start, remaining) & masks[numbers[0]]
+            if not automaton.can_end(automaton.start, remaining) or not bool(first.any()):
+                raise ValueError(
+                    f"text {blank.row}: the constraint of the blank at position {blank.columns[0]} and its allowed "
+                    "tokens exclude each other: allow more tokens, or choose another length"
+                )
+            blanks.append(BlankConstraint(blank.row, blank.columns, automaton))
+        return BlankConstraints(blanks, self.number.shape)
+
     def mask(self, row: Tensor, column: Tensor, ids: Tensor, ranks: Tensor, hi: Tensor) -> Tensor | None:
         """(N, V) bool of the tokens that (N,) positions may take; None: any.
 
@@ -225,17 +225,26 @@ class BlankConstraints:
             hi: (N,) int64, the rank up to which each reads.
         """
         number = self.number[row, column]
-        if not bool((number >= 0).any()):
+        constrained = (number >= 0).nonzero()[:, 0]
+        if not len(constrained):
             return None
         out = torch.ones(len(row), self.blanks[0].automaton.vocabulary_size, dtype=torch.bool)
-        for n in (number >= 0).nonzero()[:, 0].tolist():
-            blank, b = self.blanks[int(number[n])], int(row[n])
-            before = [c for c in blank.columns if c < int(column[n])]
-            if not bool((ranks[b, before] < hi[n]).all()):
+        made: dict[tuple[int, int, int], Tensor] = {}  # many positions of a batch stand alike
+        rows = row[constrained]
+        read = (ranks[rows, : ids.shape[1]] < hi[constrained, None]).tolist()
+        for n, places, tokens in zip(constrained.tolist(), read, ids[rows].tolist(), strict=True):
+            blank = self.blanks[int(number[n])]
+            before = blank.columns[: blank.columns.index(int(column[n]))]
+            if not all(places[c] for c in before):
                 continue
-            state = blank.automaton.walk(ids[b, before].tolist())
-            if state is not None:  # a draft that leads nowhere is refused where it is verified
-                out[n] = blank.automaton.mask(state, len(blank.columns) - len(before))
+            automaton, remaining = blank.automaton, len(blank.columns) - len(before)
+            state = automaton.walk([tokens[c] for c in before])
+            if state is None or not automaton.can_end(state, remaining):
+                continue  # a draft that leads nowhere is refused where it is verified
+            key = id(automaton), state, remaining
+            if key not in made:
+                made[key] = automaton.mask(state, remaining)
+            out[n] = made[key]
         return out
 
 
