@@ -6,12 +6,14 @@ the weights of the base:
     adapter_model.safetensors   PEFT's
     query_embedding.safetensors w
 
-The base is loaded by its name and known again by a fingerprint of its weights.
+The base is loaded by its name and known again by a fingerprint of its weights. Of a path only the last part is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,12 +23,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from anyorder.hub.pretrained import load_causal_lm
-from anyorder.hub.resolve import in_package, way_out
+from anyorder.hub.pretrained import load_causal_lm, quiet
+from anyorder.hub.reach import check_reachable
+from anyorder.hub.resolve import find_base, in_package, way_out
 from anyorder.model import adapters
 from anyorder.model.base import AnyOrderPreTrainedModel
-from anyorder.model.configuration import AnyOrderConfig, hub_arguments
-from anyorder.model.conversion import convert
+from anyorder.model.configuration import AnyOrderConfig, hub_arguments, of_any_repository
+from anyorder.model.conversion import convert, left_as_it_was_if_refused
 
 Model = TypeVar("Model", bound=AnyOrderPreTrainedModel)
 
@@ -43,6 +46,17 @@ def save_adapted(model: AnyOrderPreTrainedModel, directory: Path, state_dict: di
     query = {"query_embedding": query_embedding.detach().contiguous()}
     save_file(query, directory / QUERY_FILE, metadata={"format": "pt"})
     config.save_pretrained(directory)
+    share_weights(directory)
+
+
+def share_weights(directory: Path) -> None:
+    """Let those read the weights who may read the config: safetensors writes files for their owner alone."""
+    config = directory / "config.json"
+    if not config.is_file():  # another process writes
+        return
+    mode = config.stat().st_mode
+    for file in directory.glob("*.safetensors"):
+        file.chmod(stat.S_IMODE(mode))
 
 
 def read_weights(model: AnyOrderPreTrainedModel, adapter_file: Path, query_file: Path) -> None:
@@ -69,6 +83,7 @@ def load_converted(cls: type[Model], load_whole: Callable[..., Any], source: Any
     """
     wants_info = kwargs.pop("output_loading_info", False)
     source = in_package(source)
+    check_reachable(source, str(source), kwargs)
     config = kwargs.get("config") or source
     if not isinstance(config, PretrainedConfig):
         config = AutoConfig.from_pretrained(config, **hub_arguments(kwargs))
@@ -84,7 +99,8 @@ def load_converted(cls: type[Model], load_whole: Callable[..., Any], source: Any
         return load_adapted(cls, source, config, **kwargs)
     # Shapes that differ are reported with the other problems, not half loaded with a warning.
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = load_whole(source, *args, **kwargs)
+    with quiet():
+        model, info = load_whole(source, *args, **kwargs)
     problems = [
         f"{kind.replace('_keys', '')}: {', '.join(map(str, sorted(info[kind])[:3]))}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -104,7 +120,7 @@ def load_adapted(cls: type[Model], source: Any, config: AnyOrderConfig, base_mod
         cls: the model class.
         source: directory or hub id of the adapter.
         config: read from there.
-        base_model: name or loaded model to use in place of the one that the config names.
+        base_model: name, path or loaded model to use in place of the one that the config names.
         kwargs: options for loading the base (dtype, device_map, ...), and quantization_config, a TorchAoConfig.
 
     Raises:
@@ -120,19 +136,21 @@ def load_adapted(cls: type[Model], source: Any, config: AnyOrderConfig, base_mod
     }
     attention = kwargs.pop("attn_implementation", "sdpa")
     quantization = kwargs.pop("quantization_config", None)  # applied last: a quantised base has another fingerprint
-    if isinstance(name, str):
+    if isinstance(name, (str, os.PathLike)):
+        name = find_base(name, source) if base_model is None else name
         revision = {"revision": origin["revision"]} if origin.get("revision") and base_model is None else {}
-        own = {key: value for key, value in kwargs.items() if key not in hub_arguments(kwargs)}
-        causal_lm = load_causal_lm(name, **revision, **own)
+        causal_lm = load_causal_lm(name, **revision, **of_any_repository(kwargs))
     else:
         causal_lm, name = name, type(name).__name__
     try:
         adapters.check_fingerprint(causal_lm, origin.get("fingerprint", {}), str(name))
     except ValueError as error:
         raise ValueError(f"{error}{way_out(name)}") from None
-    model = convert(cls, causal_lm, config.recipe, adapters.Adapter(**config.adapter), attention)
-    read_weights(model, files[adapters.WEIGHTS_FILE], files[QUERY_FILE])
+    with left_as_it_was_if_refused(causal_lm):
+        model = convert(cls, causal_lm, config.recipe, adapters.Adapter.from_dict(config.adapter), attention)
+        read_weights(model, files[adapters.WEIGHTS_FILE], files[QUERY_FILE])
     model.config.base = config.base
+    model.config.length_prior = config.length_prior
     model = model.to(causal_lm.dtype).eval()
     if quantization is not None:
         adapters.quantise_base(model.causal_lm, quantization)

@@ -50,7 +50,9 @@ class Span:
     """log p of its tokens, in the order they were generated, in nats."""
     tokens: int
     probabilities: dict[str, float] | None = None
-    """Of the strings of a choice given the fixed text, exact up to one factor, which makes their sum 1."""
+    """Of the strings of a choice, their numbers of tokens included (see `choices`); they sum to 1."""
+    log_probs_given_length: dict[str, float] | None = None
+    """Of the strings of a choice: log p of the tokens given how many there are and the fixed text, in nats, exact."""
     lengths: dict[int, float] | None = None
     """Where its length was sought: the calibrated probability of each that was tried."""
 
@@ -64,6 +66,7 @@ class Infill:
     log_prob: float
     """log p of all blanks given the fixed text, in nats, under the model itself (before temperature and bans)."""
     forwards: int
+    """Of the model: those that sought lengths and scored choices, and those that filled; of the batch as a whole."""
 
 
 class Infiller:
@@ -74,7 +77,7 @@ class Infiller:
         tokenizer: the base model's.
         start_token_id: the token every text starts with; default: the document separator `<|endoftext|>` if the
             vocabulary has it, else the start token, else the end token.
-        length_prior: for blanks of unknown length; default: the one of the shipped model.
+        length_prior: for blanks of unknown length; default: the model's own, else a neutral one.
     """
 
     def __init__(
@@ -89,8 +92,7 @@ class Infiller:
         self.start_token_id = self.pieces.start_token() if start_token_id is None else start_token_id
         self._blanks = Blanks(self.pieces, self.start_token_id, bool(self._space_mask.any()))
         self._automata = Automata(self._token_texts, model.vocabulary_size)
-        prior = LengthPrior.load() if length_prior is None else length_prior
-        self._seeker = Seeker(model, self._blanks, self._automata, prior)
+        self._seeker = Seeker(model, self._blanks, self._automata, length_prior)
 
     @overload
     def __call__(self, text: str, **options: Any) -> Infill: ...
@@ -103,8 +105,8 @@ class Infiller:
         Options:
             blank: the marker, default "___".
             length: tokens of a blank: a number, a range (lo, hi) or "auto", for all or in a list with one for each.
-                Default 8. Where it is not a number, the model says how likely each is (see `lengths`), and the middle
-                of that distribution is taken.
+                Default "auto". Where it is not a number, the model says how likely each is (see `lengths`), and the
+                middle of that distribution is taken; of a blank with a constraint, among what that allows.
             constraints: `constraints.Choice`, `Pattern` or `JsonSchema`: one for all blanks, or a list with one or None
                 for each. Choices have lengths of their own and are decided first, from left to right.
             blank_order: numbers of blanks, from 0, in the order in which they are filled; blanks that it leaves out
@@ -245,11 +247,16 @@ class Infiller:
             fills.append(self._blanks.decode_fill(template, k, row[blank == k].tolist()))
             totals.append(float(scores[blank == k].sum()))
         text, offsets = template.fill(fills)
-        choices = [decisions[k].probabilities if k in decisions else None for k in range(template.blanks)]
+        known = [decisions.get(k) for k in range(template.blanks)]
         spans = tuple(
-            Span(fill, start, end, total, int((blank == k).sum()), shares, sought.shares.get(k))
-            for k, (fill, total, shares, (start, end)) in enumerate(zip(fills, totals, choices, offsets, strict=True))
-        )
+            Span(
+                fill, start, end, total, int((blank == k).sum()),
+                None if choice is None else choice.probabilities,
+                None if choice is None else choice.log_probs_given_length,
+                sought.shares.get(k),
+            )
+            for k, (fill, total, choice, (start, end)) in enumerate(zip(fills, totals, known, offsets, strict=True))
+        )  # fmt: skip
         return Infill(text, spans, sum(span.log_prob for span in spans), forwards + sought.forwards)
 
 

@@ -1,28 +1,27 @@
 """How many tokens a blank holds when nobody says: candidates, and how likely each is.
 
 An any-order model knows a blank's length from what stands behind it: log p(the first known token behind the blank |
-what is known in front of it), asked for n tokens further on, is the evidence for n. Nothing has to be filled for it.
-Together with a prior of lengths a blank of n tokens is scored by
+what is known in front of it), asked for n tokens further on, is the evidence for n (`lookahead`). Together with a prior
+of lengths a blank of n tokens is scored by
 
     a log p + c n + d log n    (where the blank opens a sentence: other c and d)
 
-The weights are fitted on text whose lengths are known (a conditional logit; McFadden 1974), by
-`benchmarks/length_prior.py`. Where nothing stands behind the blank, the prior alone speaks.
+The weights belong to a model. They are fitted on text whose lengths are known (a conditional logit; McFadden 1974) by
+`anyorder fit-lengths`, and stand in the model's config; a model without any gets NEUTRAL. Where nothing stands behind
+the blank, the prior alone speaks.
 
 This module knows numbers; no tokens and no model.
 
-Shapes: C candidates.
+Shapes: C candidates, M numbers of tokens beside the blank.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from numbers import Integral
-from pathlib import Path
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -30,11 +29,11 @@ from torch import Tensor
 
 AUTO = (*range(1, 13), 14, 16, 18, 20, 24, 28, 32)
 """The candidates of length="auto"."""
-DEFAULT = 8
-_FITTED = files("anyorder") / "shipped" / "length_prior.json"
 
 Length = int | tuple[int, int] | Literal["auto"]
 """Tokens of a blank: known, in a range (both ends included), or unknown."""
+
+DEFAULT: Length = "auto"
 
 
 def candidates(length: Length | Sequence[Length], blanks: int) -> list[tuple[int, ...]]:
@@ -62,11 +61,6 @@ def _tried(length: Any) -> tuple[int, ...]:
     return tuple(range(int(ends[0]), int(ends[1]) + 1))
 
 
-def provisional(tried: Sequence[int]) -> int:
-    """The length that a blank has while those before it are sought."""
-    return min(tried, key=lambda n: abs(n - DEFAULT))
-
-
 @dataclass(frozen=True)
 class Tries:
     """What speaks for each of some lengths of one blank."""
@@ -74,21 +68,28 @@ class Tries:
     lengths: Tensor
     """(C,) int64."""
     behind: Tensor
-    """(C,) log p of the first known token behind the blank given what is known in front of it, in nats; 0: none is."""
+    """(C,) log p of the first known token behind the blank given what is known in front of it, in nats; 0: none is.
+    Or (C, M): the same, with M numbers of tokens between the blank and that token."""
     opens: bool
     """Whether the blank stands where a sentence begins."""
+    beside: Tensor | None = None
+    """(M,) the probability of each of these numbers."""
 
     @property
-    def features(self) -> Tensor:
-        """(C, 5) float64."""
+    def prior_features(self) -> Tensor:
+        """(C, 4) float64."""
         n = self.lengths.double()
-        prior = torch.stack([n, n.log()], dim=1)
-        return torch.cat([self.behind.double()[:, None], prior, prior * self.opens], dim=1)
+        plain = torch.stack([n, n.log()], dim=1)
+        return torch.cat([plain, plain * self.opens], dim=1)
 
 
 @dataclass(frozen=True)
 class LengthPrior:
-    """The weights of the score: a, c and d, and what is added to c and d where the blank opens a sentence."""
+    """The weights of the score: a, c and d, and what is added to c and d where the blank opens a sentence.
+
+    Raises:
+        ValueError: for a weight that is no finite number.
+    """
 
     behind: float
     length: float
@@ -96,24 +97,37 @@ class LengthPrior:
     opening_length: float
     opening_log_length: float
 
-    def probabilities(self, tries: Tries) -> Tensor:
-        """(C,) float64: of the lengths that were tried."""
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{name} of a length prior must be a finite number, got {value!r}")
+
+    def log_probabilities(self, tries: Tries) -> Tensor:
+        """(C,) float64, in nats: of the lengths that were tried, by evidence and prior."""
         weights = torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
-        return (tries.features @ weights).softmax(dim=0)
+        evidence = weights[0] * tries.behind.double()
+        if tries.beside is not None:
+            evidence = (evidence + tries.beside.double().log()).logsumexp(dim=1)
+        return (evidence + tries.prior_features @ weights[1:]).log_softmax(dim=0)
 
     @classmethod
-    def load(cls, file: Path | None = None) -> LengthPrior:
-        """Weights from a JSON file; default: those of the shipped model.
+    def of(cls, weights: Mapping[str, Any] | None) -> LengthPrior | None:
+        """From a config's entry; None where it has none.
 
         Raises:
-            ValueError: if the file does not hold its weights.
+            ValueError: if the entry does not hold the weights.
         """
-        source = _FITTED if file is None else file
-        try:
-            return cls(**json.loads(source.read_text())["weights"])
-        except (ValueError, KeyError, TypeError) as error:
-            names = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise ValueError(f"{source} is no length prior: it needs 'weights' with {names}") from error
+        if weights is None:
+            return None
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(weights, Mapping) or set(weights) != set(names):
+            raise ValueError(f"a length prior has {', '.join(names)}, got {weights!r}")
+        return cls(**weights)
+
+
+NEUTRAL = LengthPrior(behind=1.0, length=-0.3, log_length=1.0, opening_length=0.0, opening_log_length=1.0)
+"""For a model without weights of its own: the evidence as it is, and a mild prior n e^(-0.3 n), by which a blank has 7
+tokens on average and one that opens a sentence (n^2 e^(-0.3 n)) 10."""
 
 
 def median(shares: Tensor) -> int:
@@ -130,7 +144,8 @@ def fit(cases: Sequence[tuple[Tries, int]], penalty: float = 1e-3) -> LengthPrio
     """The weights under which the true lengths are likeliest.
 
     Args:
-        cases: a blank at several lengths, and the index of the true one (or the nearest that was tried).
+        cases: a blank at several lengths, none with gaps beside it, and the index of the true one (or the nearest that
+            was tried).
         penalty: times the squared weights, a case; keeps them finite.
 
     Raises:
@@ -138,12 +153,13 @@ def fit(cases: Sequence[tuple[Tries, int]], penalty: float = 1e-3) -> LengthPrio
     """
     if not cases:
         raise ValueError("no cases to fit a length prior on")
+    features = [torch.cat([tries.behind.double().view(-1, 1), tries.prior_features], dim=1) for tries, _ in cases]
     weights = torch.zeros(len(dataclasses.fields(LengthPrior)), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        losses = [-(tries.features @ weights).log_softmax(dim=0)[true] for tries, true in cases]
+        losses = [-(own @ weights).log_softmax(dim=0)[true] for own, (_, true) in zip(features, cases, strict=True)]
         loss = torch.stack(losses).mean() + penalty * weights.square().sum()
         loss.backward()
         return loss

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
 from anyorder.core.layout import RECIPES
+from anyorder.model.adapters import Adapter
+
+FORMAT_VERSION = 1
+"""Of what is saved: higher where an older version would read it wrongly."""
 
 
 class AnyOrderConfig(PretrainedConfig):
@@ -16,7 +22,15 @@ class AnyOrderConfig(PretrainedConfig):
         base_config: config of the wrapped causal LM, as an object or as a dict with its `model_type`.
         recipe: "exact" (equal to its base before any training) or "paper" (A3 as published).
         adapter: fields of an `adapters.Adapter`, or None: the weights are the model's own.
-        base: of an adapter: the base model's `name`, `revision` and `fingerprint`.
+        base: of an adapter: the base model's `name`, `revision` and `fingerprint`. A name that begins with "./" is that of
+            a directory or file, wherever it lies.
+        length_prior: the weights by which blanks of unknown length are measured (`infill.lengths.LengthPrior`), fitted
+            on this model; None: it has none of its own.
+        format_version: of the saved config; None: this version's.
+
+    Raises:
+        ValueError: for a config that a newer version has written, an adapter with unknown fields, or another value that
+            cannot be meant.
     """
 
     model_type = "anyorder"
@@ -27,8 +41,22 @@ class AnyOrderConfig(PretrainedConfig):
         recipe: str = "exact",
         adapter: dict[str, Any] | None = None,
         base: dict[str, Any] | None = None,
+        length_prior: dict[str, float] | None = None,
+        format_version: int | None = None,
         **kwargs: Any,
     ):
+        if format_version is not None and format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"the config has format version {format_version}, this anyorder reads up to {FORMAT_VERSION}: install a newer "
+                "one"
+            )
+        own = list(inspect.signature(AnyOrderConfig).parameters)[:-1]
+        for name in kwargs:
+            near = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
+            if near:
+                raise ValueError(f"unknown field {name!r} of the config; did you mean {near[0]!r}?")
+        if adapter is not None:
+            Adapter.from_dict(adapter)
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
         if isinstance(base_config, dict):
@@ -39,6 +67,8 @@ class AnyOrderConfig(PretrainedConfig):
         self.recipe = recipe
         self.adapter = adapter
         self.base = base
+        self.format_version = FORMAT_VERSION
+        self.length_prior = length_prior
         super().__init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
@@ -67,6 +97,11 @@ def hub_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Those options of `from_pretrained` that say where on the hub a file lies."""
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     return {name: options[name] for name in names if name in options}
+
+
+def of_any_repository(options: dict[str, Any]) -> dict[str, Any]:
+    """Those options that hold for another repository as well."""
+    return {name: value for name, value in options.items() if name not in ("revision", "subfolder")}
 
 
 AutoConfig.register(AnyOrderConfig.model_type, AnyOrderConfig)
