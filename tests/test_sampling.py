@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from scipy.stats import chisquare
 
 from anyorder.core.rng import uniforms
+from anyorder.decoding.draw import Drafts, Drawer, Evaluated, Visible
 from anyorder.decoding.sampling import AllowedTokens, Sampler
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]])
@@ -78,3 +81,40 @@ def test_each_row_draws_its_own_numbers():
     c = uniforms([5], 5, None)
     torch.manual_seed(3)
     assert torch.equal(uniforms([5], 5, None), c)
+
+
+VISIBLE = Visible(torch.zeros(2, 4, dtype=torch.int64), torch.arange(5).expand(2, -1))
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("verifying", [False, True], ids=["drawn", "verified"])
+@pytest.mark.parametrize(
+    ("bad", "allowed", "message"),
+    [
+        (
+            [torch.nan] * 5,
+            True,
+            "row 1, position 2: the model's logits are not finite numbers; load it in a wider dtype",
+        ),
+        ([0.0, torch.nan, 0.0, 0.0, 0.0], True, "row 1, position 2: the model's logits are not finite numbers"),
+        ([0.0, torch.inf, 0.0, 0.0, 0.0], True, "row 1, position 2: the model's logits are not finite numbers"),
+        ([-torch.inf] * 5, True, "row 1, position 2: the model's logits are not finite numbers"),
+        ([-torch.inf, 0.0, 0.0, 0.0, 0.0], False, "row 1, position 2: no token is left to draw; allowed tokens"),
+    ],
+)
+def test_nothing_is_drawn_from_nothing(do_sample, verifying, bad, allowed, message):
+    """Three positions of two rows; the last one has no distribution."""
+    logits = torch.zeros(3, 5)
+    logits[2] = torch.tensor(bad)
+    masks = torch.tensor([[True] * 5, [True, False, False, False, False]])
+    index = torch.zeros(2, 4, dtype=torch.int64)
+    index[1, 2] = int(not allowed)
+    drawer = Drawer(Sampler(do_sample, allowed=AllowedTokens(masks, index)), None, None)
+    row, column, half = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]), torch.full((2, 4), 0.5).double()
+    found = Evaluated(row, column, column, logits)
+    used, columns = torch.tensor([[True, True], [True, False]]), torch.tensor([[1, 2], [2, 3]])
+    drafts = Drafts(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([1, 0]), None)
+    verify = functools.partial(drawer.verify, found, used, columns, drafts, (half, half))
+    take = verify if verifying else functools.partial(drawer.draw, found, half[row, column])
+    with pytest.raises(ValueError, match=message):
+        take(VISIBLE)

@@ -241,7 +241,7 @@ def _what_is_left(pi: Tensor, drafts: Drafts, row: Tensor, place: Tensor) -> Ten
 
 def _nothing_to_draw(logits: Tensor, row: int, column: int) -> str:
     """Why no token can be drawn at a position, given the model's own logits there."""
-    if not bool(logits.isfinite().any()) or bool(logits.isnan().any()):
+    if not bool(logits.isfinite().any()) or bool((logits.isnan() | (logits == torch.inf)).any()):
         return f"row {row}, position {column}: the model's logits are not finite numbers; load it in a wider dtype"
     return (
         f"row {row}, position {column}: no token is left to draw; allowed tokens, constraints and logits processors "
