@@ -92,7 +92,7 @@ class Infiller:
         self.start_token_id = self.pieces.start_token() if start_token_id is None else start_token_id
         self._blanks = Blanks(self.pieces, self.start_token_id, bool(self._space_mask.any()))
         self._automata = Automata(self._token_texts, model.vocabulary_size)
-        self._seeker = Seeker(model, self._blanks, self._automata, length_prior)
+        self.seeker = Seeker(model, self._blanks, self._automata, length_prior)
 
     @overload
     def __call__(self, text: str, **options: Any) -> Infill: ...
@@ -158,7 +158,7 @@ class Infiller:
         do_sample = does_sample(sampling.get("do_sample"), generator, sampling)
         heat = (sampling.get("temperature") or 1.0) if do_sample else None
         sources = generators if generators is not None else [None] * len(templates)
-        sought = self._seeker.seek(templates, tried, wanted, tuple(suppress_tokens), sources, heat)
+        sought = self.seeker.seek(templates, tried, wanted, tuple(suppress_tokens), sources, heat)
         encoded = [
             self._blanks.encode(template, own.lengths, {k: decision.ids for k, decision in own.decisions.items()})
             for template, own in zip(templates, sought, strict=True)

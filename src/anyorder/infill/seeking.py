@@ -25,7 +25,7 @@ import torch
 from anyorder.decoding.constraints import Automata, Choice, Constraint
 from anyorder.infill.choices import Decision, Undecided, decide, token_counts
 from anyorder.infill.encoding import Blanks
-from anyorder.infill.lengths import AUTO, NEUTRAL, LengthPrior
+from anyorder.infill.lengths import AUTO, NEUTRAL, LengthPrior, Tries
 from anyorder.infill.lookahead import Found, Gap, Part, look_ahead
 from anyorder.infill.template import Template
 from anyorder.model.compatibility import context_length
@@ -131,6 +131,16 @@ class Seeker:
             )
             for text, found, decided in zip(texts, last, decisions, strict=True)
         ]
+
+    def tries(self, templates: Sequence[Template]) -> list[Tries | None]:
+        """Of texts with one blank: what speaks for each length of AUTO; None where no two fit into the context."""
+        texts = [_Text(template, [AUTO], {}, (0,), None) for template in templates]
+        found, _ = self._look_ahead(texts, [True] * len(texts), [{}] * len(texts))
+        return [own.tries.get(0) for own in found]
+
+    def count_tokens(self, template: Template, k: int, text: str) -> int:
+        """How many tokens a string has in blank k."""
+        return len(self._blanks.encode_fill(template, k, text))
 
     def _text(
         self,
