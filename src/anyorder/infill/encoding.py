@@ -2,9 +2,10 @@
 
 The fixed pieces are tokenised one by one, so that nothing beside a blank is retokenised into something else.
 
-A single space in front of a blank belongs to the fixed text, but to the first token of the blank in nearly every
-vocabulary (" cat" is one token). So the space is left out of the tokens, the blank's first token must bring it, and
-the decoded blank is printed without it.
+The last space in front of a blank belongs to the fixed text, but to the first token of the blank in nearly every
+vocabulary (" cat" is one token; "    return" is three spaces and " return"). Where it does (`pieces`), the space is
+left out of the tokens, the blank's first token must bring it, and the decoded blank is printed without it. So it is
+with the space that some tokenizers put in front of a text, where a blank begins one.
 
 This module knows tokenizers; it knows no model.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from anyorder.core.factorization import Factorization
+from anyorder.infill.boundaries import Edges
 from anyorder.infill.pieces import Pieces
 from anyorder.infill.template import Template
 
@@ -45,33 +47,37 @@ class Blanks:
 
     Args:
         pieces: the tokenizer.
-        start_token_id: the token every text starts with.
-        has_spaces: whether any token begins with a space.
+        start_ids: the tokens every text starts with.
     """
 
-    def __init__(self, pieces: Pieces, start_token_id: int, has_spaces: bool):
-        self.pieces, self.start_token_id, self.has_spaces = pieces, start_token_id, has_spaces
+    def __init__(self, pieces: Pieces, start_ids: Sequence[int]):
+        self.pieces, self.start_ids = pieces, list(start_ids)
 
     def eats_space(self, template: Template, k: int) -> bool:
         """Whether the first token of a blank brings the space in front of it."""
-        piece = template.pieces[k]
-        return self.has_spaces and piece.endswith(" ") and not piece[:-1][-1:].isspace()
+        return k not in template.keeps_space and self.pieces.encode_before(template.pieces[k], at_start=k == 0)[1]
+
+    def edges(self, template: Template, k: int) -> Edges:
+        """What stands beside blank k, for its tokens."""
+        before, behind = template.pieces[k : k + 2]
+        return Edges.between(before, behind, _at_start(template, k), self.eats_space(template, k))
 
     def encode_fill(self, template: Template, k: int, text: str) -> list[int]:
         """The tokens of a string in blank k, the space included that its first token brings."""
-        return self.pieces.encode(" " * self.eats_space(template, k) + text, _at_start(template, k))
+        at_start = _at_start(template, k)  # there, the tokenizer puts it in front by itself
+        return self.pieces.encode(" " * (self.eats_space(template, k) and not at_start) + text, at_start)
 
     def decode_fill(self, template: Template, k: int, ids: list[int]) -> str:
         """The string that tokens stand for in blank k, without the space that the first one brings."""
-        text = self.pieces.decode(ids, _at_start(template, k))
-        return text.removeprefix(" ") if self.eats_space(template, k) else text
+        at_start = _at_start(template, k)
+        text = self.pieces.decode(ids, at_start)
+        return text.removeprefix(" ") if self.eats_space(template, k) and not at_start else text
 
     def encode(self, template: Template, lengths: Sequence[int], decided: Mapping[int, Sequence[int]]) -> Encoded:
         """The template with blanks of these lengths; ids in blanks are 0, but for those that are decided."""
-        ids, blank, eats_space = [self.start_token_id], [-1], []
+        ids, blank, eats_space = list(self.start_ids), [-1] * len(self.start_ids), []
         for k, piece in enumerate(template.pieces):
-            eats = k < template.blanks and self.eats_space(template, k)
-            tokens = self.pieces.encode(piece[:-1] if eats else piece, at_start=k == 0)
+            tokens, eats = self._fixed(template, k) if k < template.blanks else (self.pieces.encode(piece), False)
             ids += tokens
             blank += [-1] * len(tokens)
             if k < template.blanks:
@@ -80,6 +86,13 @@ class Blanks:
                 blank += [k] * len(own)
                 eats_space.append(eats)
         return Encoded(ids, blank, eats_space, frozenset(decided))
+
+    def _fixed(self, template: Template, k: int) -> tuple[list[int], bool]:
+        """The tokens in front of blank k, and whether its first token brings the last space."""
+        tokens, brings = self.pieces.encode_before(template.pieces[k], at_start=k == 0)
+        if brings and k in template.keeps_space:
+            return self.pieces.encode(template.pieces[k], at_start=k == 0), False
+        return list(tokens), brings
 
 
 def _at_start(template: Template, k: int) -> bool:

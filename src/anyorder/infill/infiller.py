@@ -10,9 +10,8 @@ This module knows text and tokenizers; how tokens are predicted is `decoding`'s 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, overload
 
 import torch
@@ -21,16 +20,19 @@ from transformers import PreTrainedTokenizerBase
 
 from anyorder.core.factorization import Factorization
 from anyorder.core.rng import Generators, row_generators
-from anyorder.core.validation import check_options
-from anyorder.decoding.constraints import Automata, BlankConstraint, BlankConstraints, Constraint
+from anyorder.core.options import check_options
+from anyorder.decoding.constraints import Automata, Constraint
 from anyorder.decoding.events import Watcher
 from anyorder.decoding.policies import Policy
-from anyorder.decoding.sampling import DRAWING, AllowedTokens, does_sample
+from anyorder.decoding.sampling import DRAWING, does_sample
+from anyorder.infill.chat import chat_prefix
 from anyorder.infill.encoding import Blanks, Encoded, by_blank, check_context, pad
 from anyorder.infill.lengths import DEFAULT, LengthPrior, candidates
 from anyorder.infill.pieces import Pieces
 from anyorder.infill.seeking import Seeker, Sought
-from anyorder.infill.template import Template
+from anyorder.infill.template import BLANK, Template
+from anyorder.infill.token_bytes import TokenBytes
+from anyorder.infill.token_rules import TokenRules
 from anyorder.model.compatibility import context_length
 from anyorder.modeling import AnyOrderForCausalLM
 
@@ -49,6 +51,8 @@ class Span:
     log_prob: float
     """log p of its tokens, in the order they were generated, in nats."""
     tokens: int
+    ids: tuple[int, ...]
+    """The tokens themselves; the first may bring the space in front of the blank, which is not in the text."""
     probabilities: dict[str, float] | None = None
     """Of the strings of a choice, their numbers of tokens included (see `choices`); they sum to 1."""
     log_probs_given_length: dict[str, float] | None = None
@@ -62,6 +66,8 @@ class Infill:
     """A text with its blanks filled."""
 
     text: str
+    ids: tuple[int, ...]
+    """The tokens of the whole text, without those that it starts with; the tokenizer decodes them to the text."""
     spans: tuple[Span, ...]
     log_prob: float
     """log p of all blanks given the fixed text, in nats, under the model itself (before temperature and bans)."""
@@ -78,6 +84,11 @@ class Infiller:
         start_token_id: the token every text starts with; default: the document separator `<|endoftext|>` if the
             vocabulary has it, else the start token, else the end token.
         length_prior: for blanks of unknown length; default: the model's own, else a neutral one.
+        messages: a conversation, as `apply_chat_template` takes it, that every text is the assistant's answer to: its
+            tokens stand in front of a text in place of the start token.
+
+    Raises:
+        ValueError: if the tokenizer has no start token, or no chat template for the messages.
     """
 
     def __init__(
@@ -86,12 +97,14 @@ class Infiller:
         tokenizer: PreTrainedTokenizerBase,
         start_token_id: int | None = None,
         length_prior: LengthPrior | None = None,
+        messages: Sequence[Mapping[str, str]] | None = None,
     ):
         self.model, self.pieces = model, Pieces(tokenizer)
-        self._text_mask, self._space_mask = self.pieces.masks(model.vocabulary_size)
+        self._tokens = TokenBytes(self.pieces, model.vocabulary_size)
         self.start_token_id = self.pieces.start_token() if start_token_id is None else start_token_id
-        self._blanks = Blanks(self.pieces, self.start_token_id, bool(self._space_mask.any()))
-        self._automata = Automata(self._token_texts, model.vocabulary_size)
+        start_ids = [self.start_token_id] if messages is None else chat_prefix(tokenizer, messages)
+        self._blanks = Blanks(self.pieces, start_ids)
+        self._automata = Automata(self._tokens.of_text, model.vocabulary_size)
         self.seeker = Seeker(model, self._blanks, self._automata, length_prior)
 
     @overload
@@ -103,7 +116,7 @@ class Infiller:
         """Fill every blank of one text, or of a batch of texts in one go.
 
         Options:
-            blank: the marker, default "___".
+            blank: the marker, default "___" and any longer run of underscores.
             length: tokens of a blank: a number, a range (lo, hi) or "auto", for all or in a list with one for each.
                 Default "auto". Where it is not a number, the model says how likely each is (see `lengths`), and the
                 middle of that distribution is taken; of a blank with a constraint, among what that allows.
@@ -112,6 +125,8 @@ class Infiller:
             blank_order: numbers of blanks, from 0, in the order in which they are filled; blanks that it leaves out
                 come last, from left to right.
             suppress_tokens: ids that no blank may hold.
+            single_line: whether blanks hold no line end; default: those of texts that have none themselves, unless a
+                pattern says what a blank holds.
             watch: is told of each step, such as a `trace.Recorder`.
             group_size: tokens predicted at a step, default 1.
             order: "left_to_right" (default) or "random" order of the blank positions.
@@ -132,7 +147,7 @@ class Infiller:
         if not texts:
             raise ValueError("no text to fill")
         check_options(options, self._fill, *_PASSED_ON, "blank", "length")
-        blank, length = options.pop("blank", "___"), options.pop("length", DEFAULT)
+        blank, length = options.pop("blank", BLANK), options.pop("length", DEFAULT)
         templates = [Template.parse(text, blank) for text in texts]
         infills = self._fill(templates, [candidates(length, template.blanks) for template in templates], **options)
         return infills[0] if isinstance(text, str) else infills
@@ -147,18 +162,21 @@ class Infiller:
         special_tokens: bool = False,
         constraints: Constraint | Sequence[Constraint | None] | None = None,
         blank_order: Sequence[int] | None = None,
-        suppress_tokens: Sequence[int] = (),
+        suppress_tokens: Sequence[int] | None = None,
+        single_line: bool | None = None,
         generator: Generators = None,
         watch: Watcher | None = None,
         **sampling: Any,
     ) -> list[Infill]:
         wanted = [_for_each_blank(constraints, template.blanks) for template in templates]
+        rules = TokenRules(self._tokens, self._blanks, self._automata, special_tokens, suppress_tokens, single_line)
+        templates = [rules.settle_spaces(*one) for one in zip(templates, wanted, tried, strict=True)]
         # One set for the order and the draws; without one the order alone must not turn sampling on.
         generators = row_generators(generator, len(templates)) if generator is not None or order == "random" else None
         do_sample = does_sample(sampling.get("do_sample"), generator, sampling)
         heat = (sampling.get("temperature") or 1.0) if do_sample else None
         sources = generators if generators is not None else [None] * len(templates)
-        sought = self.seeker.seek(templates, tried, wanted, tuple(suppress_tokens), sources, heat)
+        sought = self.seeker.seek(templates, tried, wanted, rules.suppressed, sources, heat)
         encoded = [
             self._blanks.encode(template, own.lengths, {k: decision.ids for k, decision in own.decisions.items()})
             for template, own in zip(templates, sought, strict=True)
@@ -170,14 +188,17 @@ class Infiller:
         f = Factorization.infill(is_open, group_size, order, generators, attention_mask=mask)
         if blank_order is not None:
             f = by_blank(f, blanks, blank_order, [template.blanks for template in templates], order, group_size)
+        own_order = isinstance(policy, Policy) and not policy.keeps_order
+        prepared = policy.prepare(f) if isinstance(policy, Policy) else f
+        allowed, must_match = rules.apply(templates, encoded, wanted, prepared, not own_order)
         output = self.model.generate(
             ids,
             factorization=f,
             policy=policy,
             generator=None if generator is None else generators,
             eos_token_id=(),
-            allowed_tokens=self._allowed(encoded, blanks, special_tokens, suppress_tokens),
-            blank_constraints=self._blank_constraints(encoded, wanted, blanks.shape, suppress_tokens),
+            allowed_tokens=allowed,
+            blank_constraints=must_match,
             return_dict_in_generate=True,
             watch=watch,
             **sampling,
@@ -185,45 +206,6 @@ class Infiller:
         assert not isinstance(output, Tensor)
         done = zip(templates, encoded, sought, output.sequences, output.log_probs, strict=True)
         return [self._decode(*one, output.forwards) for one in done]
-
-    # ------------------------------------------------------------------ text -> positions
-
-    def _blank_constraints(
-        self,
-        encoded: list[Encoded],
-        constraints: list[list[Constraint | None]],
-        shape: torch.Size,
-        suppress_tokens: Sequence[int],
-    ) -> BlankConstraints | None:
-        found = []
-        for row, (e, kinds) in enumerate(zip(encoded, constraints, strict=True)):
-            for k, kind in enumerate(kinds):
-                automaton = self._automata.of(kind, e.eats_space[k], tuple(suppress_tokens))
-                if automaton is not None:
-                    found.append(BlankConstraint(row, e.columns(k), automaton))
-        return BlankConstraints(found, shape) if found else None
-
-    def _token_texts(self) -> dict[int, str]:
-        """What each token of text stands for; part of a character is no text, and stays out of patterns."""
-        texts = ((i, self.pieces.decode([i])) for i in self._text_mask.nonzero()[:, 0].tolist())
-        return {i: text for i, text in texts if text and "\ufffd" not in text}
-
-    def _allowed(
-        self, encoded: list[Encoded], blanks: Tensor, special_tokens: bool, suppress_tokens: Sequence[int]
-    ) -> AllowedTokens:
-        """Mask 0: text. Mask 1: text that brings its own leading space."""
-        text = torch.ones_like(self._text_mask) if special_tokens else self._text_mask.clone()
-        for token in suppress_tokens:
-            if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < len(text):
-                raise ValueError(f"suppress_tokens holds {token!r}: not a token id of this model")
-            text[token] = False
-        spaced = text & self._space_mask
-        index = torch.zeros_like(blanks)
-        for row, e in enumerate(encoded):
-            for k, eats in enumerate(e.eats_space):
-                if eats and k not in e.decided:
-                    index[row, e.blank.index(k)] = 1
-        return AllowedTokens(torch.stack([text, spaced]) if index.any() else text[None], index)
 
     # ------------------------------------------------------------------ positions -> text
 
@@ -250,14 +232,20 @@ class Infiller:
         known = [decisions.get(k) for k in range(template.blanks)]
         spans = tuple(
             Span(
-                fill, start, end, total, int((blank == k).sum()),
+                fill, start, end, total, int((blank == k).sum()), tuple(row[blank == k].tolist()),
                 None if choice is None else choice.probabilities,
                 None if choice is None else choice.log_probs_given_length,
                 sought.shares.get(k),
             )
             for k, (fill, total, choice, (start, end)) in enumerate(zip(fills, totals, known, offsets, strict=True))
         )  # fmt: skip
-        return Infill(text, spans, sum(span.log_prob for span in spans), forwards + sought.forwards)
+        return Infill(
+            text,
+            tuple(row[len(self._blanks.start_ids) :].tolist()),
+            spans,
+            sum(span.log_prob for span in spans),
+            forwards + sought.forwards,
+        )
 
 
 def _for_each_blank(

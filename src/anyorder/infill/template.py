@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from anyorder.core.text import check_text
+
 BLANK = "___"
 """What marks a blank unless something else is said; a longer run of underscores is one blank too."""
 _FULL_STOPS = (".", "!", "?", "…", "。", "！", "？")
@@ -17,6 +19,8 @@ class Template:
     """Fixed pieces of text with a blank between each two; the outer pieces may be empty."""
 
     pieces: tuple[str, ...]
+    keeps_space: frozenset[int] = frozenset()
+    """Blanks that no token brings the space in front of: it is fixed text, whatever is usual."""
 
     @classmethod
     def parse(cls, text: str, blank: str = BLANK) -> Template:
@@ -29,6 +33,7 @@ class Template:
             raise ValueError(f"text and blank must be strings, got {type(text).__name__} and {type(blank).__name__}")
         if not blank:
             raise ValueError("the blank marker is empty")
+        check_text("the text", text)
         pieces = tuple(re.split("_{3,}" if blank == BLANK else re.escape(blank), text))
         if len(pieces) == 1:
             raise ValueError(f"no blank in {_shorten(text)!r}: mark what is to be filled with {blank!r}")
@@ -42,6 +47,11 @@ class Template:
         """Whether blank k stands where a sentence begins."""
         before = self.pieces[k].rstrip()
         return before.rstrip(_CLOSING).endswith(_FULL_STOPS) or (k == 0 and not before)
+
+    @property
+    def is_one_line(self) -> bool:
+        """Whether its fixed text has no line end."""
+        return not any(end in piece for piece in self.pieces for end in "\n\r")
 
     def fill(self, fills: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and the (start, end) character offsets of each fill in it."""
