@@ -24,8 +24,9 @@ from transformers.generation.stopping_criteria import (
 )
 
 from anyorder.core.factorization import Factorization
+from anyorder.core.options import check_options
 from anyorder.core.rng import Generators, row_generators, uniforms
-from anyorder.core.validation import check_ids, check_options, real_tokens
+from anyorder.core.validation import check_ids, real_tokens
 from anyorder.decoding import conventions
 from anyorder.decoding.constraints import BlankConstraints
 from anyorder.decoding.draw import NOT_FORCED, Drawer
@@ -211,7 +212,7 @@ def start(model: AnyOrderPreTrainedModel, request: Request, records: bool = Fals
         must_match = must_match.within(allowed)
     processors = _processors(options, factorization, policy)
     drawer = Drawer(sampler, must_match, forced, processors, records)
-    rule = _end_rule(options, factorization, policy)
+    rule = _end_rule(options, factorization, policy, model.vocabulary_size)
     runner = compiled_runner(model) if options.compile else EagerRunner(model)
     run = Run(runner, request.ids, factorization, drawer, numbers, rule)
     return run, run.steps_of(policy.scheduler(run))
@@ -302,13 +303,16 @@ def _allowed_and_forced(
 
 def _token_ids(name: str, value: object, vocabulary: int) -> list[int]:
     """One or several token ids, or none, as a list."""
-    ids = [] if value is None else torch.as_tensor(value).flatten().tolist()
+    try:
+        ids = torch.as_tensor([] if value is None else value).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):  # what makes no tensor
+        ids = [value]
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool):
-            raise ValueError(f"{name} must be token ids, got {value!r}")
+            raise ValueError(f"{name} must be one or several token ids, got {value!r}")
         if name != "eos_token_id" and not 0 <= token < vocabulary:
             raise ValueError(f"{name} holds {token}, which is outside the vocabulary 0..{vocabulary - 1}")
-    return ids
+    return [token for token in ids if 0 <= token < vocabulary]  # -1 as an end id: none
 
 
 def _processors(options: Options, factorization: Factorization, policy: Policy) -> LogitsProcessorList | None:
@@ -320,8 +324,7 @@ def _processors(options: Options, factorization: Factorization, policy: Policy) 
     return LogitsProcessorList(options.logits_processor)
 
 
-def _end_rule(options: Options, factorization: Factorization, policy: Policy) -> EndRule:
-    ends = [] if options.eos_token_id is None else torch.as_tensor(options.eos_token_id).flatten().tolist()
+def _end_rule(options: Options, factorization: Factorization, policy: Policy, vocabulary: int) -> EndRule:
     criteria = StoppingCriteriaList(options.stopping_criteria or [])
     if options.stop_strings:
         if options.tokenizer is None:
@@ -333,4 +336,4 @@ def _end_rule(options: Options, factorization: Factorization, policy: Policy) ->
     for name in ("stop_strings", "max_time", "stopping_criteria"):
         if getattr(options, name):
             check_left_to_right(name, factorization, policy)
-    return EndRule(ends, criteria)
+    return EndRule(_token_ids("eos_token_id", options.eos_token_id, vocabulary), criteria)
