@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from anyorder import Factorization, policies
-from anyorder.decoding.revision import refine, revise
+from anyorder.decoding import revision
+from anyorder.decoding.revision import Revision, refine, revise
 from architectures import ARCHITECTURES, RECIPES, VOCABULARY, converted
 from decoding_runs import generator, p_value
 
@@ -16,6 +17,8 @@ T = 10
 IDS = torch.randint(3, VOCABULARY, (3, T), generator=generator(0))
 BLANK = torch.zeros(3, T, dtype=torch.bool)
 BLANK[0, 2:5] = BLANK[1, [1, 7]] = True
+MASK = torch.ones(3, T, dtype=torch.int64)
+MASK[1, 9] = 0
 
 THREE = torch.tensor([[1, *rest] for rest in itertools.product(range(3), repeat=3)])
 LEFT_TO_RIGHT = Factorization.left_to_right(4)
@@ -113,10 +116,87 @@ def test_refining_begins_with_the_least_likely_span_and_keeps_what_is_given():
     assert (changed.nonzero()[:, 1] == weakest[changed.any(1)]).all()
     result = refine(model, IDS, rounds=12, target=order)
     assert torch.equal(result.sequences[:, :4], IDS[:, :4])
-    assert (
-        torch.equal(result.sequences, refine(model, IDS, rounds=30, target=order).sequences)
-        or (result.scores[:, -1] < refine(model, IDS, rounds=30, target=order).scores[:, -1]).any()
+
+
+def test_refining_ends_where_no_span_alone_helps():
+    """More rounds go on where fewer ended, until every span was tried in vain; then there are no further forwards."""
+    model = converted("llama")
+    order = Factorization.stack([Factorization.left_to_right(T, given=4)] * 3)
+    few, many = (refine(model, IDS, rounds=n, target=order) for n in (5, 60))
+    assert torch.equal(few.scores, many.scores[:, :6])
+    assert (many.scores[:, -1] > many.scores[:, 0]).all()
+    for start in range(4, T):
+        blank = torch.zeros(3, T, dtype=torch.bool)
+        blank[:, start] = True
+        again = revise(model, many.sequences, blank, do_sample=False).sequences
+        assert (model.log_likelihood(again, order).sum(1) <= many.scores[:, -1]).all()
+    assert torch.equal(refine(model, many.sequences, rounds=7, target=order).sequences, many.sequences)
+
+
+def test_a_span_that_did_not_help_waits_for_another(monkeypatch):
+    model, tried = converted("llama"), []
+
+    def unchanged(model, ids, blank, **options):
+        tried.append(blank)
+        return Revision(ids, torch.ones(len(ids), dtype=torch.bool), 1)
+
+    monkeypatch.setattr(revision, "revise", unchanged)
+    result = refine(model, IDS, rounds=20)
+    assert len(tried) == T - 1  # each of the T - 1 spans once, and then nothing is left to try
+    assert torch.equal(torch.stack(tried).sum(0), (torch.arange(T) > 0).long().expand(3, T))
+    assert result.scores.shape == (3, 21)
+    assert (result.scores == result.scores[:, :1]).all()
+
+
+def test_padding_takes_no_part_in_refining():
+    model, mask = converted("llama"), torch.ones(3, T, dtype=torch.int64)
+    mask[0, 6:] = 0
+    ids = IDS.clone()
+    ids[0, 6:] = 10**6  # no token at all
+    result = refine(model, ids, rounds=3, attention_mask=mask)
+    alone = refine(model, IDS[:1, :6], rounds=3)
+    assert torch.equal(result.sequences[0, :6], alone.sequences[0])
+    assert torch.equal(result.sequences[0, 6:], ids[0, 6:])
+    torch.testing.assert_close(result.scores[:1], alone.scores)
+
+
+def test_rows_without_blanks_stay(monkeypatch):
+    model, none = converted("llama"), torch.zeros(3, T, dtype=torch.bool)
+    for accept in ("gibbs", "metropolis"):
+        result = revise(model, IDS, none, accept=accept)
+        assert torch.equal(result.sequences, IDS)
+        assert result.accepted.all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"order": "random", "group_size": 2}, {"policy": policies.dynamic("random", step_size=2)}],
+    ids=["order", "policy"],
+)
+def test_a_generator_repeats_the_order_of_greedy_draws(options):
+    """Random choices of positions are the generator's, whether tokens are drawn or not."""
+    model, blank = converted("llama"), torch.arange(T).expand(3, T) > 1
+    one, two, other = (
+        revise(model, IDS, blank, do_sample=False, generator=generator(seed), **options).sequences for seed in (1, 1, 2)
     )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    found = [refine(model, IDS, length=6, rounds=2, generator=generator(1), **options).scores for _ in range(2)]
+    assert torch.equal(*found)
+
+
+def test_temperature_0_takes_the_most_likely():
+    model = converted("llama")
+    cold, greedy = (revise(model, IDS, BLANK, **options) for options in ({"temperature": 0}, {"do_sample": False}))
+    assert torch.equal(cold.sequences, greedy.sequences)
+
+
+def test_metropolis_takes_options_that_leave_the_proposal_alone():
+    model, options = converted("llama"), {"accept": "metropolis", "eos_token_id": (), "do_sample": True}
+    one, two = (
+        revise(model, IDS, BLANK, generator=generator(1), **options, **more) for more in ({}, {"pad_token_id": 5})
+    )
+    assert torch.equal(one.sequences, two.sequences)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +211,17 @@ def test_refining_begins_with_the_least_likely_span_and_keeps_what_is_given():
             "row 0, position 2 is revised, but the target does not predict it",
         ),
         ({"accept": "metropolis", "target": LEFT_TO_RIGHT}, r"the target has shape \(1, 4\), the text \(3, 10\)"),
+        (
+            {
+                "accept": "metropolis",
+                "attention_mask": MASK,
+                "target": Factorization.stack([Factorization.left_to_right(T)] * 3),
+            },
+            "row 1, position 9 is padding, but the target holds it",
+        ),
+        ({"blank": BLANK.long()}, "blank must be a bool tensor"),
+        ({"return_dict_in_generate": False}, "return_dict_in_generate is an option of generate, not of revise"),
+        ({"num_return_sequences": 2}, "num_return_sequences is an option of generate"),
         ({"temprature": 1.0}, "did you mean 'temperature'"),
     ],
 )
@@ -144,3 +235,10 @@ def test_mistakes_in_refine():
         refine(converted("llama"), IDS, length=10)
     with pytest.raises(ValueError, match="rounds must be a whole number, at least 1, got 0"):
         refine(converted("llama"), IDS, rounds=0)
+    with pytest.raises(ValueError, match="accept is an option of revise"):
+        refine(converted("llama"), IDS, accept="metropolis")
+    with pytest.raises(ValueError, match=r"the target has shape \(1, 4\), the text \(3, 10\)"):
+        refine(converted("llama"), IDS, target=LEFT_TO_RIGHT)
+    whole = Factorization.stack([Factorization.left_to_right(T)] * 3)
+    with pytest.raises(ValueError, match="row 1, position 9 is padding, but the target holds it"):
+        refine(converted("llama"), IDS, attention_mask=MASK, target=whole)

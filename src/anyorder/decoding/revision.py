@@ -18,14 +18,18 @@ import torch
 from torch import Tensor
 
 from anyorder.core.factorization import Factorization
-from anyorder.core.rng import Generators, row_generators
-from anyorder.core.validation import left_to_right
+from anyorder.core.rng import Generators, row_generators, uniforms
+from anyorder.core.validation import check_ids, left_to_right
 from anyorder.decoding.generate import generate
 from anyorder.decoding.policies import Policy
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.scoring import log_likelihood
 
 Accept = Literal["gibbs", "metropolis"]
+_OF_GENERATE_ALONE = ("num_return_sequences", "return_dict_in_generate", "seed")
+"""Options of `generate` that would give something else than one revised row a row, or other random numbers."""
+_NOT_OF_THE_DISTRIBUTION = ("compile", "pad_token_id", "watch")
+"""Options that leave alone what the proposal of "metropolis" is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +88,23 @@ def revise(
     """
     if accept not in get_args(Accept):
         raise ValueError(f"accept must be one of {', '.join(get_args(Accept))}, got {accept!r}")
+    check_ids("input_ids", input_ids)
+    for name in _OF_GENERATE_ALONE:
+        if name in options:
+            raise ValueError(f"{name} is an option of generate, not of revise; leave it out")
     blank = torch.as_tensor(blank)
     if blank.shape != input_ids.shape:
         raise ValueError(f"blank has shape {tuple(blank.shape)}, input_ids has {tuple(input_ids.shape)}")
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(blank.device)
     generators = row_generators(generator, len(input_ids))
     proposal = Factorization.infill(blank, group_size, order, generators, attention_mask)
     if accept == "metropolis":
         target = left_to_right(input_ids, attention_mask) if target is None else target
         _check_metropolis(proposal, target, policy, options)
-    settings: dict[str, Any] = {"do_sample": True, "eos_token_id": (), "return_dict_in_generate": True} | options
-    if settings["do_sample"]:
-        settings["generator"] = generators
+    settings: dict[str, Any] = {"do_sample": options.get("temperature") != 0, "eos_token_id": ()} | options
+    # Without drawing too: a policy may choose positions at random.
+    settings |= {"generator": generators, "return_dict_in_generate": True}
     output = generate(model, input_ids, proposal, policy, **settings)
     assert not isinstance(output, Tensor)
     new = torch.where(proposal.is_present.to(input_ids.device), output.sequences, input_ids)  # padding stays
@@ -102,10 +112,10 @@ def revise(
         return Revision(new, torch.ones(len(new), dtype=torch.bool, device=new.device), output.forwards)
     assert target is not None
     fixed = proposal if policy is None else policy.prepare(proposal)
-    ratio = (log_likelihood(model, new, target) - log_likelihood(model, input_ids, target)).double().sum(dim=1)
-    ratio += (log_likelihood(model, input_ids, fixed) - output.log_probs).double().sum(dim=1)
-    uniform = torch.cat([torch.rand(1, generator=source, dtype=torch.float64).cpu() for source in generators])
-    accepted = uniform.to(ratio.device).log() < ratio
+    ratio = (log_likelihood(model, new, target) - log_likelihood(model, input_ids, target)).cpu().double().sum(dim=1)
+    ratio += (log_likelihood(model, input_ids, fixed) - output.log_probs).cpu().double().sum(dim=1)
+    uniform = uniforms([1] * len(generators), 1, generators)[:, 0]
+    accepted = (uniform.log() < ratio).to(new.device)
     return Revision(torch.where(accepted[:, None], new, input_ids), accepted, output.forwards + 3)
 
 
@@ -114,20 +124,31 @@ def _check_metropolis(
 ) -> None:
     if policy is not None and not policy.keeps_order:
         raise ValueError(f"accept='metropolis' needs an order that is fixed beforehand, which {policy!r} does not have")
-    changed = [f"{name}={value!r}" for name, value in options.items() if value is not None and name != "pad_token_id"]
-    changed = [text for text in changed if text != "do_sample=True"]
-    if changed:
-        raise ValueError(f"accept='metropolis' proposes from the model's own distribution: leave out {changed[0]}")
+    for name, value in options.items():
+        same = value is None or name in _NOT_OF_THE_DISTRIBUTION or (name, value) == ("do_sample", True)
+        if not same and not (name == "eos_token_id" and value == ()):
+            raise ValueError(
+                f"accept='metropolis' proposes from the model's own distribution: leave out {name}={value!r}"
+            )
     if target.group_ids.shape != proposal.group_ids.shape:
         raise ValueError(
             f"the target has shape {tuple(target.group_ids.shape)}, the text {tuple(proposal.group_ids.shape)}"
         )
+    _check_padding(target, proposal.is_present)
     outside = proposal.is_predicted & ~target.is_predicted.to(proposal.device)
     if bool(outside.any()):
         row, position = outside.nonzero()[0].tolist()
         raise ValueError(
             f"row {row}, position {position} is revised, but the target does not predict it: P says nothing about it"
         )
+
+
+def _check_padding(target: Factorization, present: Tensor) -> None:
+    """Raise ValueError if a target holds what is padding: its likelihood would be the padding's too."""
+    padding = target.is_present & ~present.to(target.device)
+    if bool(padding.any()):
+        row, position = padding.nonzero()[0].tolist()
+        raise ValueError(f"row {row}, position {position} is padding, but the target holds it: make it absent there")
 
 
 def refine(
@@ -159,28 +180,37 @@ def refine(
     Raises:
         ValueError: if a row predicts fewer than `length` neighbouring tokens, or arguments do not fit.
     """
+    check_ids("input_ids", input_ids)
     for name, value in (("rounds", rounds), ("length", length)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
-    target = left_to_right(input_ids, attention_mask) if target is None else target
-    mask = target.is_present.long().to(input_ids.device) if attention_mask is None else attention_mask
-    free = (
-        target.is_predicted.unfold(1, length, 1).all(dim=2) if length <= target.length else target.is_predicted[:, :0]
-    )
+    if "accept" in options:
+        raise ValueError("accept is an option of revise: refine keeps what makes a row likelier; leave it out")
+    target = left_to_right(input_ids, attention_mask) if target is None else target.to("cpu")
+    if target.group_ids.shape != input_ids.shape:
+        raise ValueError(f"the target has shape {tuple(target.group_ids.shape)}, the text {tuple(input_ids.shape)}")
+    mask = target.is_present if attention_mask is None else attention_mask.bool().cpu()
+    _check_padding(target, mask)
+    free = target.is_predicted[:, :0]
+    if length <= target.length:
+        free = target.is_predicted.unfold(1, length, 1).all(dim=2)
     if not bool(free.any(dim=1).all()):
         row = int((~free.any(dim=1)).nonzero()[0])
         raise ValueError(f"row {row} has no {length} neighbouring tokens to revise: choose a smaller length")
     options = {"do_sample": False} | options
-    generators = row_generators(generator, len(input_ids)) if options["do_sample"] else None
+    drawn = generator is not None or options["do_sample"]
+    generators = row_generators(generator, len(input_ids)) if drawn else None
     best, tokens = input_ids, log_likelihood(model, input_ids, target).cpu()
     scores, tried = [tokens.sum(dim=1)], torch.zeros_like(free)
+    columns = torch.arange(target.length)
     for _ in range(rounds):
         weakness = tokens.unfold(1, length, 1).sum(dim=2).masked_fill(~free | tried, torch.inf)
         open_rows = weakness.isfinite().any(dim=1)  # others have tried everything
+        if not bool(open_rows.any()):
+            break
         start = weakness.argmin(dim=1, keepdim=True)
-        column = torch.arange(target.length)
-        blank = (column >= start) & (column < start + length) & open_rows[:, None]
-        new = revise(model, best, blank.to(best.device), attention_mask=mask, generator=generators, **options).sequences
+        blank = (columns >= start) & (columns < start + length) & open_rows[:, None]
+        new = revise(model, best, blank, attention_mask=mask, generator=generators, **options).sequences
         found = log_likelihood(model, new, target).cpu()
         better = found.sum(dim=1) > scores[-1]
         tried[torch.arange(len(tried)), start[:, 0]] = True
@@ -188,4 +218,5 @@ def refine(
         best = torch.where(better.to(best.device)[:, None], new, best)
         tokens = torch.where(better[:, None], found, tokens)
         scores.append(tokens.sum(dim=1))
+    scores += scores[-1:] * (rounds + 1 - len(scores))
     return Refinement(best, torch.stack(scores, dim=1).to(input_ids.device))
