@@ -198,7 +198,6 @@ def test_default_prompts_are_the_base_models_own(checkpoint):
     [
         (["--policies", "greedy"], "no policy 'greedy'"),
         (["--temperature", "-1"], "temperature"),
-        (["--temperature", "0", "--top-p", "0.9"], "leave out --top-p"),
         (["--against", "nowhere.py:f"], "must be FILE.py:FUNCTION"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
         (["--greedy", "--top-p", "0.9"], "--greedy takes the most likely token"),

@@ -32,16 +32,16 @@ def test_public_paths_hold(path, name):
 
 
 COMMON = {"--debug", "--help", "--json", "-h"}
-MODEL = {"--model", "--dtype", "--device", "--int8"}
+DEVICE = {"--dtype", "--device", "--base-model"}
+MODEL = {"--model", "--int8"} | DEVICE
 TEXTS = {"--file", "--lines"}
 ORDER = {"--group-size", "--order", "--seed"}
 SAMPLING = {"--sample", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--compile"}
 WATCHING = {"--watch", "--trace"}
 OPTIONS = {
     "adapt": COMMON
+    | DEVICE
     | {
-        "--dtype",
-        "--device",
         "--attn-implementation",
         "--train-file",
         "--curriculum",
@@ -71,18 +71,25 @@ OPTIONS = {
     | MODEL
     | {"--policies", "--greedy", "--temperature", "--top-p", "--batch-size", "--prompts", "--prompt-tokens"}
     | {"--new-tokens", "--prompt-file", "--against", "--seed", "--compile"},
-    "convert": COMMON | {"--recipe", "--dtype", "--device", "--overwrite"},
-    "generate": COMMON | MODEL | TEXTS | SAMPLING | {"--max-new-tokens", "--group-size", "--policy"} | WATCHING,
+    "convert": COMMON | DEVICE | {"--recipe", "--overwrite"},
+    "fit-lengths": COMMON | DEVICE | {"--train-file", "--blanks", "--seed"},
+    "generate": COMMON
+    | MODEL
+    | TEXTS
+    | SAMPLING
+    | {"--chat", "--max-new-tokens", "--group-size", "--policy"}
+    | WATCHING,
     "infill": COMMON
     | MODEL
     | TEXTS
     | SAMPLING
     | ORDER
-    | {"--blank", "--length", "--special-tokens", "--policy", "--choice", "--pattern"}
+    | {"--blank", "--chat", "--length", "--special-tokens", "--policy", "--choice", "--pattern"}
+    | {"--single-line", "--no-single-line"}
     | WATCHING,
     "plot": COMMON,
-    "score": COMMON | MODEL | TEXTS | ORDER,
-    "show": COMMON | ORDER | {"--given", "--recipe"},
+    "score": COMMON | MODEL | TEXTS | ORDER | {"--blank", "--chat"},
+    "show": COMMON | ORDER | {"--blank", "--given", "--recipe"},
 }
 
 

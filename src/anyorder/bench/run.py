@@ -121,16 +121,13 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any] | None:
 
     if options.greedy and (options.temperature is not None or options.top_p is not None):
         raise ValueError("--greedy takes the most likely token: leave out --temperature and --top-p")
-    if options.temperature == 0 and options.top_p is not None:
-        raise ValueError("--temperature 0 takes the most likely token: leave out --top-p")
     if max(options.batch_size) > options.prompts:
         raise ValueError(f"--batch-size {max(options.batch_size)} needs as many prompts: raise --prompts")
-    if options.greedy or options.temperature == 0:
+    if options.greedy:
         return None
     sampling: dict[str, Any] = {"temperature": 1.0 if options.temperature is None else options.temperature}
     sampling |= {} if options.top_p is None else {"top_p": options.top_p}
-    Sampler(True, **sampling)  # refuses values that cannot be meant
-    return sampling
+    return sampling if Sampler(True, **sampling).do_sample else None  # temperature 0 is greedy
 
 
 def _policies(options: argparse.Namespace) -> tuple[list[tuple[Policy, str]], list[tuple[Policy, str]]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from anyorder.infill.template import Template
+from anyorder.infill.template import BLANK, Template
 
 
 def add_blank(parser: argparse.ArgumentParser) -> None:
     """What marks a blank."""
-    parser.add_argument("--blank", default="___", metavar="MARK", help="what marks a blank; default: ___")
+    parser.add_argument("--blank", default=BLANK, metavar="MARK", help=f"what marks a blank; default: {BLANK}")
 
 
 def has_blank(text: str, mark: str) -> bool:

@@ -30,6 +30,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...; default: cpu")
+    parser.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="of an adapter whose base has moved: where that is; a name, directory or file",
+    )
 
 
 def load_model(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
@@ -43,6 +48,8 @@ def load_model(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCau
     device = find_device(options.device)
     if getattr(options, "int8", False):
         more["quantization_config"] = _int8()
+    if options.base_model is not None:
+        more["base_model"] = options.base_model
     from anyorder.loading import load
 
     dtype: torch.dtype = getattr(torch, options.dtype)

@@ -106,35 +106,77 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="compiled code: minutes the first time, faster for good")
 
 
-def drawing_of(options: argparse.Namespace) -> dict[str, Any] | None:
-    """The settings of drawing that the options name; None where the most likely token is taken.
+def drawing_of(options: argparse.Namespace) -> dict[str, Any]:
+    """How tokens are drawn, as options of `generate`. Temperature 0 takes the most likely, whatever else is said.
 
     Raises:
-        ValueError: if a value cannot be meant, or has no effect.
+        ValueError: if a value cannot be meant.
     """
     given = {name: getattr(options, name) for name in DRAWING if getattr(options, name) is not None}
-    if given.get("temperature") == 0:
-        without = [f"--{name.replace('_', '-')}" for name in given if name != "temperature"]
-        if without:
-            raise ValueError(f"--temperature 0 takes the most likely token: leave out {', '.join(without)}")
-        return None
-    penalty = options.repetition_penalty
     do_sample = bool(given) or options.sample
-    if given or penalty is not None:
+    if given or options.repetition_penalty is not None:
         from anyorder.decoding.sampling import Sampler
 
-        Sampler(do_sample, **given, repetition_penalty=penalty)
-    return given if do_sample else None
+        Sampler(do_sample, **given, repetition_penalty=options.repetition_penalty)
+    return given | {"do_sample": do_sample, "repetition_penalty": options.repetition_penalty}
 
 
 def sampling_options(options: argparse.Namespace, number: int) -> dict[str, Any]:
     """Options of `generate`; text number n draws from seed + n, whatever the other texts are."""
     import torch
 
-    drawing = drawing_of(options)
     generator = torch.Generator().manual_seed(options.seed + number)
-    more = {"repetition_penalty": options.repetition_penalty, "compile": options.compile}
-    return {**(drawing or {}), "do_sample": drawing is not None, "generator": generator, **more}
+    return {**drawing_of(options), "generator": generator, "compile": options.compile}
+
+
+# ---------------------------------------------------------------------- chat
+
+
+def add_answer_to(parser: argparse.ArgumentParser) -> None:
+    """What a text answers."""
+    parser.add_argument(
+        "--chat", metavar="MESSAGE",
+        help="the text is the assistant's answer to this message of the user's, by the tokenizer's chat template",
+    )  # fmt: skip
+
+
+def messages_of(options: argparse.Namespace) -> list[dict[str, str]] | None:
+    """The conversation that --chat begins, if it was given."""
+    return None if options.chat is None else asked(typed(options.chat, "--chat"))
+
+
+def asked(message: str) -> list[dict[str, str]]:
+    """A conversation of one message, as chat templates take it.
+
+    Raises:
+        ValueError: if the message is empty.
+    """
+    if not message.strip():
+        raise ValueError("the message is empty: --chat answers one")
+    return [{"role": "user", "content": message}]
+
+
+# ---------------------------------------------------------------------- text
+
+
+def typed(text: str, source: str) -> str:
+    """An argument as text; ValueError if what was typed is not UTF-8, which Python hands on as lone surrogates."""
+    try:
+        return decoded(os.fsencode(text), source)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text: {error.reason} at character {error.start}") from error
+
+
+def decoded(data: bytes, source: str) -> str:
+    """What was read, as text; as bytes until here, so that line ends come through unchanged.
+
+    Raises:
+        ValueError: if it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 # ---------------------------------------------------------------------- types

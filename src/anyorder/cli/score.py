@@ -8,7 +8,7 @@ from typing import Any
 
 from anyorder.cli.blanks import add_blank, has_blank
 from anyorder.cli.model import add_model, load_model
-from anyorder.cli.options import add_command, add_order
+from anyorder.cli.options import add_answer_to, add_command, add_order, messages_of
 from anyorder.cli.texts import Answer, Result, add_texts, answer_each, read_texts
 
 
@@ -24,13 +24,15 @@ def add(subparsers: Any) -> None:
     add_texts(parser, "text to score")
     add_model(parser)
     add_blank(parser)
+    add_answer_to(parser)
     add_order(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random order; default: 0")
 
 
 def _run(options: argparse.Namespace) -> int:
+    messages = messages_of(options)
     texts = read_texts(options)
-    return answer_each(options, texts, lambda text: _check(text, options.blank), lambda: _begin(options))
+    return answer_each(options, texts, lambda text: _check(text, options.blank), lambda: _begin(options, messages))
 
 
 def _check(text: str, mark: str) -> None:
@@ -43,21 +45,24 @@ def _check(text: str, mark: str) -> None:
         )
 
 
-def _begin(options: argparse.Namespace) -> Answer:
+def _begin(options: argparse.Namespace, messages: list[dict[str, str]] | None) -> Answer:
     import torch
 
     from anyorder.core.factorization import Factorization
+    from anyorder.infill.chat import chat_prefix
     from anyorder.infill.pieces import Pieces
 
     model, tokenizer = load_model(options)
     pieces = Pieces(tokenizer)
+    given = [pieces.start_token()] if messages is None else chat_prefix(tokenizer, messages)
 
     def answer(number: int, text: str) -> Result:
-        ids = torch.tensor([[pieces.start_token(), *pieces.encode(text, at_start=True)]])
+        ids = torch.tensor([[*given, *pieces.encode(text, at_start=messages is None)]])
         generator = torch.Generator().manual_seed(options.seed)
-        order = Factorization.left_to_right(ids.shape[1]).regroup(options.group_size, options.order, generator)
+        order = Factorization.left_to_right(ids.shape[1], given=len(given))
+        order = order.regroup(options.group_size, options.order, generator)
         log_prob = float(model.log_likelihood(ids, order).sum())
-        tokens, size = ids.shape[1] - 1, len(text.encode())
+        tokens, size = ids.shape[1] - len(given), len(text.encode())
         nats, bits = -log_prob / tokens, -log_prob / size / math.log(2)
         report = {"text": text, "log_prob": log_prob, "tokens": tokens, "nats_per_token": nats, "bits_per_byte": bits,
                   "order": options.order, "group_size": options.group_size}  # fmt: skip

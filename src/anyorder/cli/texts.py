@@ -9,14 +9,13 @@ Knows no models: a command says how a text is checked before a model is loaded, 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyorder.cli.options import print_json
+from anyorder.cli.options import decoded, print_json, typed
 
 if TYPE_CHECKING:
     from anyorder.trace.record import Trace
@@ -54,32 +53,16 @@ def read_texts(options: argparse.Namespace) -> list[str]:
     if options.file is not None:
         if options.text:
             raise ValueError("give texts as arguments or with --file, not both")
-        read = _decoded(options.file.read_bytes(), str(options.file))
+        read = decoded(options.file.read_bytes(), str(options.file))
     elif options.text and options.text != ["-"]:
         if options.lines:
             raise ValueError("--lines is for --file and standard input; texts in the arguments are one each")
         return [typed(text, "an argument") for text in options.text]
     else:
-        read = _decoded(sys.stdin.buffer.read(), "standard input")
+        read = decoded(sys.stdin.buffer.read(), "standard input")
     read = read.removesuffix("\n")
     # Line feeds alone end a line: str.splitlines would cut at form feeds and Unicode separators too.
     return [line.removesuffix("\r") for line in read.split("\n")] if options.lines else [read]
-
-
-def typed(text: str, source: str) -> str:
-    """An argument as text; ValueError if what was typed is not UTF-8, which Python hands on as lone surrogates."""
-    try:
-        return _decoded(os.fsencode(text), source)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error.reason} at character {error.start}") from error
-
-
-def _decoded(data: bytes, source: str) -> str:
-    """As bytes until here, so that line ends come through unchanged."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def answer_each(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from anyorder.core.validation import check_options
+from anyorder.core.options import check_options
 
 LEARNING_RATES = {"none": 1e-4, "lora": 1e-3, "gated": 1e-3}
 FIXED = {

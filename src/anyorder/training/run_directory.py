@@ -20,7 +20,7 @@ RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 _NOT_OF_THE_RUN = {
     "run", "command", "as_typed", "debug", "json", "resume", "output", "device", "save_every", "log_every",
-    "attn_implementation", "plan", "devices", "device_flops", "utilisation",
+    "attn_implementation", "base_model", "plan", "devices", "device_flops", "utilisation",
 }  # fmt: skip
 """Options that may differ when a run is resumed."""
 

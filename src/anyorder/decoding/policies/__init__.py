@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from anyorder.core.validation import check_options
-from anyorder.decoding.policies.base import GroupPolicy, Policy
+from anyorder.core.options import check_options
+from anyorder.decoding.policies.base import GroupPolicy, MeasuringPolicy, Policy
 from anyorder.decoding.policies.dynamic import Criterion, Dynamic
 from anyorder.decoding.policies.groupwise import GroupWise
 from anyorder.decoding.policies.speculative import Speculative
 
 __all__ = [
-    "Dynamic", "GroupPolicy", "GroupWise", "Policy", "Speculative", "dynamic", "groupwise", "parse", "speculative",
+    "Dynamic", "GroupPolicy", "GroupWise", "MeasuringPolicy", "Policy", "Speculative", "dynamic", "groupwise", "parse",
+    "speculative",
 ]  # fmt: skip
 
 

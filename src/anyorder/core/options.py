@@ -1,0 +1,19 @@
+"""Names of options, checked. Imports no torch, so that reading a command line may."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def check_options(given: Iterable[str], function: Callable[..., Any], *more: str) -> None:
+    """Raise ValueError for a name that is neither a keyword of `function` nor in `more`."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.default is not p.empty] + list(more)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
+            raise ValueError(f"unknown option {name!r}; {hint}")
