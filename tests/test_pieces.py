@@ -20,7 +20,7 @@ def words() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merged = ["ĠĠ", "ĊĊ", "Ċĉ", "Ġa"]
+    merged = ["ĠĠ", "ĊĊ", "Ċĉ", "Ġa", "Ġæ"]
     vocabulary = {token: i for i, token in enumerate(["<s>", *alphabet, *merged])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(token) for token in merged]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -104,7 +104,7 @@ def test_a_prompt_leaves_its_last_space_to_the_first_new_token(words, text, ids,
     assert allowed.index.shape == (1, len(prompt.ids) + 2)
     assert allowed.index[0].tolist() == [0] * len(prompt.ids) + [1, 0]
     first = set(texts_of(words, allowed.masks[1].nonzero()[:, 0].tolist()))
-    assert first == {"Ġa", "<s>"} | ({"Ġ"} if text in ("b ", " ") else set())
+    assert first == {"Ġa", "Ġæ", "<s>"} | ({"Ġ"} if text in ("b ", " ") else set())
 
 
 def test_special_tokens_around_a_prompt_stay(words):

@@ -11,7 +11,7 @@ import torch
 
 from anyorder.core.text import check_text
 from anyorder.decoding.sampling import AllowedTokens
-from anyorder.infill.boundaries import Edges, position_masks
+from anyorder.infill.boundaries import Edges
 from anyorder.infill.pieces import Pieces, TextStream
 from anyorder.infill.token_bytes import TokenBytes
 
@@ -42,9 +42,10 @@ class Prompt:
         """What the first new token may be where it brings a space: a word with its space, or an end. None: anything."""
         if not self.brings_space:
             return None
-        edges = Edges.between(self.text, "", not self.text, True)
         every = torch.ones(tokens.size, dtype=torch.bool)
-        first = position_masks(tokens, edges, 2, every)[0] | ~tokens.is_text
+        first = tokens.begins_word | ~tokens.is_text  # what begins a word may be a part of its first character
+        if Edges.between(self.text, "", not self.text, True).lone_space:
+            first = first | tokens.is_space
         index = torch.zeros(1, len(self.ids) + new_tokens, dtype=torch.int64)
         index[0, len(self.ids) :][:1] = 1
         return AllowedTokens(torch.stack([every, first]), index)
