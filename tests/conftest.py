@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrai
     return directory
 
 
-@pytest.fixture
-def stories(tmp_path):
-    file = tmp_path / "stories.jsonl"
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve texts of four sentences to train on."""
+    file = tmp_path_factory.mktemp("stories") / "stories.jsonl"
     words = ("a b", "ab c", "b b a", "c ab a")
     texts = [". ".join(words[(i + k) % 4] for k in range(4)) + "." for i in range(12)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return file
+
+
+@pytest.fixture(scope="session")
+def trained_run(checkpoint: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished `adapt` of 30 steps with all its checkpoints: to be read, or copied and changed."""
+    from training_runs import ALL_CHECKPOINTS, adapt
+
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert adapt(checkpoint, stories, directory, *ALL_CHECKPOINTS) == 0
+    return directory

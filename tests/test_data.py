@@ -11,7 +11,6 @@ import torch
 from anyorder import Factorization
 from anyorder.training.curriculum import BUILT_IN
 
-pytest.importorskip("peft", reason="training needs the train extra")
 pytest.importorskip("datasets", reason="training needs the train extra")
 
 from anyorder.training.data import Sequences, Stream, collate
@@ -131,6 +130,37 @@ def test_a_stream_of_a_mixture_loses_nothing_and_starts_again(tmp_path, byte_tok
     alone = list(Stream(sources[0], 64, BUILT_IN["exact"], 9))
     first = [document for item in alone for document in _documents(item)][: len(texts)]
     assert [byte_tokenizer.decode(ids[1:].tolist()) for ids in first] == texts
+
+
+def test_several_processes_draw_the_stream_of_one_and_workers_are_refused(tmp_path, byte_tokenizer):
+    from accelerate.data_loader import IterableDatasetShard
+    from torch.utils.data import DataLoader
+
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": f"Number {n}. " + "word " * (n % 5)}) + "\n" for n in range(23)))
+    documents = tokenized(open_texts(file, True), byte_tokenizer, 40).shuffle(0, buffer_size=4)
+    stream = Stream(documents, 64, BUILT_IN["exact"], 24)
+    whole = list(stream)
+    expected = [collate(whole[first : first + 3]) for first in range(0, 24, 3)]
+    found = {}
+    for process in range(2):
+        own = IterableDatasetShard(stream, batch_size=3, num_processes=2, process_index=process)
+        batches = DataLoader(own, batch_size=3, collate_fn=collate)
+        found |= {process + 2 * number: batch for number, batch in enumerate(batches)}
+    assert sorted(found) == list(range(8))
+    assert all(torch.equal(found[n][key], expected[n][key]) for n in found for key in found[n])
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match="by the training process itself"):
+            list(DataLoader(stream, batch_size=3, num_workers=workers, collate_fn=collate))
+
+
+def test_workers_make_the_sequences_that_one_process_makes():
+    from torch.utils.data import DataLoader
+
+    data = Sequences([documents()], 16, BUILT_IN["exact"], count=12)
+    alone, shared = (DataLoader(data, batch_size=2, num_workers=n, collate_fn=collate) for n in (0, 2))
+    for one, two in zip(alone, shared, strict=True):
+        assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_data_set_of_the_hub_or_of_a_directory(tmp_path, monkeypatch):

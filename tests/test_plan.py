@@ -14,7 +14,6 @@ from anyorder.model.adapters import Adapter
 from anyorder.training.curriculum import BUILT_IN, Curriculum, LeftToRight, RandomGroups, Stage
 from architectures import base_model
 
-pytest.importorskip("peft", reason="training needs the train extra")
 pytest.importorskip("datasets", reason="training needs the train extra")
 
 from anyorder.training.data import Sequences, collate

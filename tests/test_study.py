@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("peft", reason="training needs the train extra")
+pytest.importorskip("datasets", reason="training needs the train extra")
 pytest.importorskip("matplotlib", reason="training needs the train extra")
 
+from anyorder.cli import main
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "study.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def test_a_study_is_made_in_sittings(checkpoint, stories, tmp_path):
+@pytest.fixture
+def study(monkeypatch):
+    """The script, with the commands that it runs as calls in this process."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = importlib.import_module("study")
+
+    def run(command, check):
+        assert command[:3] == [sys.executable, "-m", "anyorder"]
+        assert check
+        assert main(command[3:]) == 0
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    return script
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_study_is_made_in_sittings(study, checkpoint, stories, tmp_path, monkeypatch, capsys):
     five = tmp_path / "five.jsonl"
     five.write_text("".join(json.dumps({"sentences": ["a b.", "b a.", "c a.", "ab.", "a."]}) + "\n" for _ in range(3)))
     command = [
-        sys.executable, SCRIPT, "--model", checkpoint, "--work", tmp_path / "work", "--train-file", stories,
-        "--eval-file", stories, "--stories", five, "--tokens", 2048, "--results", tmp_path / "docs" / "study",
+        "study.py", "--model", checkpoint, "--work", tmp_path / "work", "--train-file", stories,
+        "--eval-file", stories, "--stories", five, "--tokens", 512, "--results", tmp_path / "docs" / "study",
         "--options=--dtype float32 --length 64 --document-length 32 --batch-size 2", "--only",
     ]  # fmt: skip
 
     def sitting(*names):
-        done = subprocess.run(
-            [*map(str, command), *names], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
+        monkeypatch.setattr(sys, "argv", [*map(str, command), *names])
+        study.main()
+        return capsys.readouterr().out
 
     assert "--curriculum exact" in sitting("exact")
     assert "--curriculum exact" not in sitting("exact", "paper")
@@ -42,3 +57,11 @@ def test_a_study_is_made_in_sittings(checkpoint, stories, tmp_path):
     assert len(lines) == 5
     assert "Not yet run: plain AR fine-tuning (control); " in page
     assert (tmp_path / "docs" / "study" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["study", "hold_out", "average_adapters", "training_speed"])
+def test_scripts_tell_their_options(name):
+    done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout

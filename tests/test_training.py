@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyorder import AnyOrderForCausalLM, Factorization
 from anyorder.model import lm_head as head
@@ -20,7 +22,6 @@ from anyorder.training.curriculum import (
 )
 from architectures import VOCABULARY, base_model, converted
 
-pytest.importorskip("peft", reason="training needs the train extra")
 pytest.importorskip("datasets", reason="training needs the train extra")
 
 from anyorder.training.data import Sequences, collate
@@ -45,12 +46,47 @@ def test_the_objective_is_the_likelihood(recipe, monkeypatch):
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-4)
 
 
-def test_no_logits_are_kept_in_training():
-    """The widest tensor of a training step is a chunk of logits, not all of them."""
-    model = AnyOrderForCausalLM.from_causal_lm(base_model("llama")).train()
+class LogitRows(TorchDispatchMode):
+    """Remembers of how many rows the logits were that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.made |= set(map(logit_rows, filter(torch.is_tensor, pytree.tree_leaves(result)))) - {0}
+        return result
+
+
+def logit_rows(tensor):
+    """Rows of a tensor of logits, 0 for any other; the head's own weights, (E, V) when transposed, are none."""
+    is_logits = tensor.dim() > 1 and tensor.shape[-1] == VOCABULARY and tensor.shape[-2] != 32
+    return tensor.numel() // VOCABULARY if is_logits else 0
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("adapter", ["full", "gated"])
+def test_no_logits_are_kept_in_training(adapter, monkeypatch):
+    """A chunk's logits exist while its losses are made, and again while their gradients are; none wait in between."""
+    monkeypatch.setattr(head, "CHUNK", 4)
+    model = fresh(adapter).train()
+    assert model.causal_lm.config.hidden_size == 32
     ids, order = torch.ones(1, 20, dtype=torch.int64), Factorization.left_to_right(20)
-    output = model(ids, order, labels=ids)
+    kept = set()
+
+    def keep(tensor):
+        kept.add(logit_rows(tensor))
+        return tensor
+
+    with LogitRows() as seen, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(ids, order, labels=ids)
     assert output.logits is None
+    assert kept == {0}
+    assert max(seen.made) == 4
+    with LogitRows() as seen:
+        output.loss.backward()
+    assert max(seen.made, default=0) == (4 if adapter == "full" else 0)  # a frozen head's gradients are made already
     torch.testing.assert_close(output.loss, model.eval()(ids, order, labels=ids).loss)
 
 
@@ -149,6 +185,26 @@ def test_accumulated_forwards_are_one_large_batch(adapter, tmp_path):
     for curve, weight in zip(curves[1:], weights[1:], strict=True):
         assert curve == pytest.approx(curves[0], abs=1e-4)
         torch.testing.assert_close(weight, weights[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_visible_devices_are_not_several_batches(tmp_path, monkeypatch, caplog):
+    """transformers would wrap the model in DataParallel and give it as many batches a step as there are devices."""
+    from transformers import TrainingArguments
+
+    finish = TrainingArguments.__post_init__
+
+    def with_three(self):
+        finish(self)
+        assert self.n_gpu == 0  # that it is looked up once
+        self._n_gpu = 3
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_three)
+    run = trainer(tmp_path, fresh("gated"), 3, per_device_train_batch_size=2, save_strategy="no",
+                  include_num_input_tokens_seen="all")  # fmt: skip
+    assert "3 devices are visible, one is used; for all of them: torchrun" in caplog.text
+    run.train()
+    assert run.state.num_input_tokens_seen == sum(len(run.train_dataset[i]["input_ids"]) for i in range(6))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -94,7 +94,7 @@ class Stream(IterableDataset[dict[str, Tensor]]):
         length, curriculum, count, seed: as for `Sequences`.
 
     Raises:
-        ValueError: where it is read in one of several worker processes.
+        ValueError: where it is read in a worker process of a DataLoader.
     """
 
     def __init__(self, documents: Any, length: int, curriculum: Curriculum, count: int, seed: int = 0):
@@ -117,11 +117,10 @@ class Stream(IterableDataset[dict[str, Tensor]]):
 
 
 def check_workers(count: int) -> None:
-    """ValueError if more than one worker process would read a stream: each would read all of it, or a part in an order
-    that depends on their number."""
-    if count > 1:
+    """ValueError if worker processes would read a stream: each would get some of its files, in an order of its own."""
+    if count:
         raise ValueError(
-            f"a stream is read in its order, by one worker at most: dataloader_num_workers={count} must be 1 or 0, "
+            f"a stream is read in its order, by the training process itself: dataloader_num_workers={count} must be 0, "
             "or tokenize first, without streaming"
         )
 
