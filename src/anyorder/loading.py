@@ -6,37 +6,46 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
-from anyorder.hub.resolve import DEFAULT_MODEL, cannot_load, resolve
-from anyorder.model.configuration import AnyOrderConfig, hub_arguments
+from anyorder.hub.reach import check_reachable
+from anyorder.hub.resolve import DEFAULT_MODEL, cannot_load, find_base, resolve
+from anyorder.model.configuration import AnyOrderConfig, hub_arguments, of_any_repository
 from anyorder.modeling import AnyOrderForCausalLM
 
 
 def load(
-    name_or_path: str = DEFAULT_MODEL, recipe: str | None = None, **kwargs: Any
+    name_or_path: str = DEFAULT_MODEL, recipe: str | None = None, base_model: str | None = None, **kwargs: Any
 ) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
     """A converted model in evaluation mode and its tokenizer.
 
     Args:
         name_or_path: a built-in name, a directory, a GGUF file or a hub id. A plain causal LM is converted.
         recipe: "exact" (default) or "paper", for a plain causal LM; a converted one has its own.
+        base_model: of an adapter whose base has moved: where it is, as a name, directory or GGUF file.
         kwargs: passed on to loading (dtype, device_map, revision, attn_implementation, adapter, ...).
 
     Raises:
         ValueError: if there is nothing at `name_or_path`, or it cannot be converted.
     """
     location = resolve(name_or_path)
+    check_reachable(name_or_path, location, kwargs)
     try:
         config = AutoConfig.from_pretrained(location, **hub_arguments(kwargs))
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_location(location, config), **hub_arguments(kwargs))
+        tokenizer = _load_tokenizer(location, config, base_model, hub_arguments(kwargs))
     except (OSError, ValueError) as error:
         raise cannot_load(name_or_path, error) from error
     if config.model_type == AnyOrderConfig.model_type:
         if recipe not in (None, config.recipe):
             raise ValueError(f"{name_or_path} was converted with recipe={config.recipe!r}; it cannot become {recipe!r}")
         _check_adapter(name_or_path, config, kwargs.pop("adapter", None))
-        model = AnyOrderForCausalLM.from_pretrained(location, **kwargs)
+        if base_model is not None and config.adapter is None:
+            raise ValueError(f"{name_or_path} is a whole model, not an adapter: it has no base_model")
+        base = {} if base_model is None else {"base_model": base_model}
+        model = AnyOrderForCausalLM.from_pretrained(location, **base, **kwargs)
     else:
+        if base_model is not None:
+            raise ValueError(f"{name_or_path} is a plain causal LM, not an adapter: it has no base_model")
         model = AnyOrderForCausalLM.from_causal_lm(name_or_path, recipe=recipe or "exact", **kwargs)
     return model.eval(), tokenizer
 
@@ -58,10 +67,25 @@ def _check_adapter(name: str, config: AnyOrderConfig, wanted: Any) -> None:
         )
 
 
-def _tokenizer_location(location: str, config: Any) -> str:
+def _load_tokenizer(
+    location: str, config: Any, base_model: str | None, options: dict[str, Any]
+) -> PreTrainedTokenizerBase:
     """An adapter that is saved without a tokenizer has its base model's."""
     base = getattr(config, "base", None) or {}
-    directory = Path(location)
-    if base.get("name") and directory.is_dir() and not (directory / "tokenizer_config.json").is_file():
-        return resolve(base["name"])
-    return location
+    name, revision = (base.get("name"), base.get("revision")) if base_model is None else (base_model, None)
+    if name is None or _has_tokenizer(location, options):
+        return AutoTokenizer.from_pretrained(location, **options)
+    source = find_base(name, location) if base_model is None else base_model
+    where = of_any_repository(options) | ({"revision": revision} if revision else {})
+    return AutoTokenizer.from_pretrained(resolve(source), **where)
+
+
+def _has_tokenizer(location: str, options: dict[str, Any]) -> bool:
+    name = "tokenizer_config.json"
+    if Path(location).is_dir():
+        return (Path(location) / name).is_file()
+    found = cached_file(
+        location, name, **options,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return found is not None

@@ -6,14 +6,18 @@ The forward is `model.base`'s, likelihoods are `scoring`'s, generation is `decod
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import PushToHubMixin
 
 from anyorder.decoding.generate import GenerationMixin
-from anyorder.hub.checkpoint import load_converted, save_adapted
+from anyorder.hub.checkpoint import load_converted, save_adapted, share_weights
 from anyorder.hub.pretrained import load_causal_lm
+from anyorder.hub.resolve import portable_name
 from anyorder.model import adapters
 from anyorder.model.base import AnyOrderOutput, AnyOrderPreTrainedModel
 from anyorder.model.configuration import AnyOrderConfig
@@ -55,15 +59,20 @@ class AnyOrderForCausalLM(LikelihoodMixin, GenerationMixin, AnyOrderPreTrainedMo
             kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...).
 
         Raises:
-            ValueError: for an architecture that cannot be served, with the reason.
+            ValueError: for an architecture that cannot be served, or a model that carries PEFT adapters, with the
+                reason. The model stays as it was.
         """
-        if isinstance(model, PreTrainedModel):
+        if isinstance(model, nn.Module):
+            adapters.check_bare(model)
+            if not isinstance(model, PreTrainedModel):
+                raise ValueError(f"a model must be a causal LM of transformers, got a {type(model).__name__}")
             if kwargs:
                 raise ValueError(f"options {', '.join(kwargs)} are for loading; the model given is loaded already")
             causal_lm, name = model, model.name_or_path or None
         else:
             causal_lm, name = load_causal_lm(model, **kwargs), model
-        return convert(cls, causal_lm, recipe, adapter, attn_implementation, name, kwargs.get("revision"))
+        name, revision = portable_name(name), kwargs.get("revision")
+        return convert(cls, causal_lm, recipe, adapter, attn_implementation, name, revision)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> AnyOrderForCausalLM:
@@ -74,14 +83,35 @@ class AnyOrderForCausalLM(LikelihoodMixin, GenerationMixin, AnyOrderPreTrainedMo
         """
         return load_converted(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Write what `from_pretrained` reads: the whole model, or with an adapter only that and where it belongs."""
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write what `from_pretrained` reads: the whole model, or with an adapter only that and where it belongs.
+
+        Args:
+            save_directory: made if need be.
+            is_main_process: of several, one writes.
+            state_dict: gathered weights, of a model whose parameters are split over processes.
+            push_to_hub: also upload it.
+            kwargs: as transformers' own takes them: repo_id (default: the directory's name), token, private, ...
+        """
+        directory = Path(save_directory)
         if self.config.adapter is None:
+            kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
             super().save_pretrained(save_directory, **kwargs)
-        elif kwargs.pop("push_to_hub", False):
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-        elif kwargs.get("is_main_process", True):
-            save_adapted(self, Path(save_directory), kwargs.get("state_dict"))
+            if is_main_process:
+                share_weights(directory)
+        elif is_main_process:
+            save_adapted(self, directory, state_dict)
+            if push_to_hub:
+                known = inspect.signature(PushToHubMixin.push_to_hub).parameters
+                repository = kwargs.pop("repo_id", directory.name)
+                self.push_to_hub(repository, **{name: kwargs[name] for name in kwargs if name in known})
 
     def merge_adapter(self) -> AnyOrderForCausalLM:
         """Fold an ungated adapter into the weights; the model is then saved whole. ValueError for a gated one."""

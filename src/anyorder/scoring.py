@@ -61,6 +61,11 @@ def conditional_log_likelihood(
     return log_likelihood(model, input_ids, Factorization.stack([one] * input_ids.shape[0])).sum(dim=1)
 
 
+TOKENS_AT_ONCE = 8192
+"""Of the forwards of `order_spread`, unless a single text is longer: enough to read the weights for many orders at
+once, while the activations stay small beside them."""
+
+
 @dataclass(frozen=True)
 class OrderSpread:
     """How far the likelihood of one text depends on the order in which it is predicted."""
@@ -96,13 +101,22 @@ def order_spread(
         orders: how many random orders, at least 2.
         group_size: of every order.
         generator: draws the orders.
+
+    Raises:
+        ValueError: for fewer than 2 orders, or if ids and factorization do not fit each other or the model.
     """
     if orders < 2:
         raise ValueError(f"a spread needs at least 2 orders, got {orders}")
     if factorization is None:
         factorization = left_to_right(input_ids)
     drawn = [factorization.regroup(group_size, "random", generator) for _ in range(orders)]
-    return OrderSpread(torch.stack([log_likelihood(model, input_ids, f).sum(dim=1) for f in drawn], dim=1))
+    rows, every = len(input_ids), Factorization.stack(drawn)
+    total = []
+    for some in torch.arange(orders * rows).split(max(1, TOKENS_AT_ONCE // input_ids.shape[1])):
+        chosen = some.to(every.device)
+        part = Factorization(every.group_ids[chosen], every.documents[chosen])
+        total.append(log_likelihood(model, input_ids[(some % rows).to(input_ids.device)], part).sum(dim=1))
+    return OrderSpread(torch.cat(total).view(orders, rows).T.contiguous())
 
 
 class LikelihoodMixin:

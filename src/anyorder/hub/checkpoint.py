@@ -137,7 +137,7 @@ def load_adapted(cls: type[Model], source: Any, config: AnyOrderConfig, base_mod
     attention = kwargs.pop("attn_implementation", "sdpa")
     quantization = kwargs.pop("quantization_config", None)  # applied last: a quantised base has another fingerprint
     if isinstance(name, (str, os.PathLike)):
-        name = find_base(name, source) if base_model is None else name
+        name = find_base(str(name), source) if base_model is None else name
         revision = {"revision": origin["revision"]} if origin.get("revision") and base_model is None else {}
         causal_lm = load_causal_lm(name, **revision, **of_any_repository(kwargs))
     else:

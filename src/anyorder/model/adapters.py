@@ -1,22 +1,19 @@
 """Low-rank adapters on PEFT, gated so that they cannot make the base model worse.
 
 `gated`: an adapter acts only on rows whose gate is open: rows that stand where the base model never stands (`layout`).
-Every other row takes the base layer's output untouched, bit for bit, and costs nothing more. The gate of a forward
-travels in the keyword arguments of the attention modules, inside the object that holds the intervals; a hook hands it
-on to the adapters of that layer, whose attention is the first to run. So recomputation under gradient checkpointing
-finds it as well, and without rows, in plain use of the wrapped model, no gate is open: the base model answers.
+Every other row takes the base layer's output untouched, bit for bit, and costs nothing more (`gates`).
 
 `lora`: PEFT's ordinary LoRA on every row.
 
-On disk both are PEFT's own files. This module knows layers and gates; which rows are open is the layout's business.
+On disk both are PEFT's own files. This module knows layers; which rows are open is the layout's business.
 """
 
 from __future__ import annotations
 
-import contextvars
 import copy
 import dataclasses
-import functools
+import difflib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +24,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from anyorder.model import gates
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -34,10 +33,6 @@ KINDS = ("gated", "lora")
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of PEFT's files
 _NAME = "default"
-
-_open_rows: contextvars.ContextVar[Tensor | slice | None] = contextvars.ContextVar("anyorder_open_rows", default=None)
-"""(N,) int64 numbers of the open rows in the flattened (B x R) rows of the running decoder layer; a slice of
-them, in training always of all; None: no row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +63,20 @@ class Adapter:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if isinstance(self.target_modules, str):
+            raise ValueError(f"target_modules must be a list of names, got {self.target_modules!r}")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Adapter:
+        """The adapter of a saved config; ValueError for a field that this version does not know."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(fields.keys() - set(known))
+        if unknown:
+            raise ValueError(
+                f"the adapter has fields that this version does not know ({', '.join(unknown)}); known: "
+                f"{', '.join(known)}; a newer anyorder may have written them"
+            )
+        return cls(**fields)
 
     def lora_config(self) -> LoraConfig:
         """PEFT's config of it."""
@@ -86,86 +95,73 @@ def attach(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
     """Freeze the base model and add a new adapter, whose update is zero until it is trained.
 
     Raises:
-        ValueError: if no layer matches.
+        ValueError: if a target is no layer that such an adapter can stand on.
     """
     from peft import inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
 
-    causal_lm.requires_grad_(False)
-    config = adapter.lora_config()
-    if adapter.target_modules is None:
-        decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-        linear = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-        config.target_modules = {name.rpartition(".")[2] for name in linear}
+    config, linear = adapter.lora_config(), (nn.Linear, Conv1D)
+    decoder = getattr(causal_lm, causal_lm.base_model_prefix)
     if adapter.kind == "gated":
-        config._register_custom_module({nn.Linear: _gated_linear(), Conv1D: _gated_linear()})
-        for module in causal_lm.modules():
-            if hasattr(module, "layer_idx") and "attention" in type(module).__name__.lower():
-                module.register_forward_pre_hook(_enter, with_kwargs=True)
+        served = {name for name, module in gates.inside_layers(causal_lm) if isinstance(module, linear)}
+    else:
+        served = {name for name, module in decoder.named_modules() if isinstance(module, linear)}
+    if adapter.target_modules is None:
+        config.target_modules = {name.rpartition(".")[2] for name in served}
+    else:
+        _check_targets(causal_lm, adapter, served)
+    if adapter.kind == "gated":
+        named = (name for name, _ in causal_lm.named_modules())
+        config.exclude_modules = [
+            name for name in named if name not in served and name.rpartition(".")[2] in config.target_modules
+        ] or None
+        config._register_custom_module({nn.Linear: gates.gated_linear(), Conv1D: gates.gated_linear()})
+        gates.open_in_layers(causal_lm)
+    causal_lm.requires_grad_(False)
     inject_adapter_in_model(config, causal_lm, adapter_name=_NAME)
     for name, parameter in causal_lm.named_parameters():
         if "lora_" in name:  # small updates vanish in 16 bits; `checkpoint` casts what is only read
             parameter.data = parameter.data.float()
 
 
-class _Traced:
-    """What `_open_rows` is, for tracing by torch.compile, which cannot set context variables: (N, 1) floats, 1 where a
-    row is open."""
+def _check_targets(causal_lm: PreTrainedModel, adapter: Adapter, served: set[str]) -> None:
+    """Raise ValueError unless every target names modules, and with gates only linear ones inside decoder layers."""
+    every = [name for name, _ in causal_lm.named_modules() if name]
+    leaves = sorted({name.rpartition(".")[2] for name in served})
+    for target in adapter.target_modules or []:
+        matched = [name for name in every if name == target or name.endswith(f".{target}")]
+        if not matched:
+            near = difflib.get_close_matches(target, leaves, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"its linear layers: {', '.join(leaves)}"
+            raise ValueError(f"target_modules: the model has no module {target!r}; {hint}")
+        outside = [name for name in matched if name not in served]
+        if adapter.kind == "gated" and outside:
+            raise ValueError(
+                f"target_modules: a gated adapter acts on rows of linear layers inside the decoder's layers, and "
+                f"{outside[0]} is none; leave {target!r} out, or use kind='lora', which acts everywhere"
+            )
 
-    open_rows: Tensor | None = None
 
+def check_bare(model: nn.Module) -> None:
+    """Raise ValueError for a model that carries PEFT adapters already, whoever put them there."""
+    if "peft" not in sys.modules:  # then nobody has
+        return
+    from peft import PeftMixedModel, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
-_traced = _Traced()
-
-
-def _enter(attention: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    reads = keywords.get("anyorder_reads")
-    rows = None if reads is None else reads.open_rows
-    if torch.compiler.is_compiling():
-        _traced.open_rows = rows
-    else:
-        _open_rows.set(rows)
-
-
-@functools.cache
-def _gated_linear() -> type[nn.Module]:
-    from peft.tuners.lora import Linear
-
-    class GatedLinear(Linear):
-        """PEFT's LoRA layer, whose update is computed for the open rows alone."""
-
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            result: Tensor = self.base_layer(x)
-            rows = _traced.open_rows if torch.compiler.is_compiling() else _open_rows.get()
-            if rows is None or self.disable_adapters:
-                return result
-            flat, opened = result.flatten(0, -2), x.flatten(0, -2)
-            if isinstance(rows, Tensor) and rows.is_floating_point():
-                for name in self.active_adapters:
-                    inner = nn.functional.linear(opened, self.lora_A[name].weight.to(opened.dtype))
-                    update = nn.functional.linear(inner, self.lora_B[name].weight.to(opened.dtype))
-                    flat = flat + update * (rows * self.scaling[name])
-                return flat.view(result.shape)
-            opened = opened[rows] if isinstance(rows, slice) else opened.index_select(0, rows)
-            for name in self.active_adapters:
-                flat = self._add(flat, rows, opened, name)
-            return flat.view(result.shape)
-
-        def _add(self, flat: Tensor, rows: Tensor | slice, opened: Tensor, name: str) -> Tensor:
-            """(N, out) with the update of (n, in) open rows; in place where no gradient flows: a step of decoding is
-            hundreds of these."""
-            down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-            if torch.is_grad_enabled():
-                inner = nn.functional.linear(self.lora_dropout[name](opened.to(down.dtype)), down)
-                update = (nn.functional.linear(inner, up) * scale).to(flat.dtype)
-                return flat + update if isinstance(rows, slice) else flat.index_add(0, rows, update)
-            inner = nn.functional.linear(opened.to(down.dtype), down)
-            if isinstance(rows, slice):
-                flat[rows].addmm_(inner.to(flat.dtype), up.t().to(flat.dtype), alpha=scale)
-                return flat
-            return flat.index_add_(0, rows, nn.functional.linear(inner, up).to(flat.dtype), alpha=scale)
-
-    return GatedLinear
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        raise ValueError(
+            f"the model is a {type(model).__name__}: fold its adapters into the weights with merge_and_unload(), or "
+            "take them off with unload(), and convert what that returns"
+        )
+    carried = (name for name, m in model.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper)))
+    first = next(carried, None)
+    if first is not None:
+        raise ValueError(
+            f"the model carries PEFT adapters already, on {first} for one: load its base, put them on it with "
+            "peft.PeftModel.from_pretrained(base, directory), and convert what merge_and_unload() returns"
+        )
 
 
 def quantise_base(causal_lm: PreTrainedModel, config: Any) -> None:
@@ -204,7 +200,7 @@ def merge(causal_lm: PreTrainedModel) -> None:
 
     for name, layer in list(causal_lm.named_modules()):
         if isinstance(layer, LoraLayer):
-            if isinstance(layer, _gated_linear()):
+            if isinstance(layer, gates.gated_linear()):
                 raise ValueError("a gated adapter cannot be merged: it acts on some rows only")
             layer.merge()
             parent, _, child = name.rpartition(".")

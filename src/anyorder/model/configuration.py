@@ -22,8 +22,8 @@ class AnyOrderConfig(PretrainedConfig):
         base_config: config of the wrapped causal LM, as an object or as a dict with its `model_type`.
         recipe: "exact" (equal to its base before any training) or "paper" (A3 as published).
         adapter: fields of an `adapters.Adapter`, or None: the weights are the model's own.
-        base: of an adapter: the base model's `name`, `revision` and `fingerprint`. A name that begins with "./" is that of
-            a directory or file, wherever it lies.
+        base: of an adapter: the base model's `name`, `revision` and `fingerprint`. A name that begins with "./" is that
+            of a directory or file, wherever it lies.
         length_prior: the weights by which blanks of unknown length are measured (`infill.lengths.LengthPrior`), fitted
             on this model; None: it has none of its own.
         format_version: of the saved config; None: this version's.
@@ -47,8 +47,8 @@ class AnyOrderConfig(PretrainedConfig):
     ):
         if format_version is not None and format_version > FORMAT_VERSION:
             raise ValueError(
-                f"the config has format version {format_version}, this anyorder reads up to {FORMAT_VERSION}: install a newer "
-                "one"
+                f"the config has format version {format_version}, this anyorder reads up to {FORMAT_VERSION}: "
+                "install a newer one"
             )
         own = list(inspect.signature(AnyOrderConfig).parameters)[:-1]
         for name in kwargs:

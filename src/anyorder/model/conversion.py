@@ -8,8 +8,10 @@ Shapes: T tokens of the probe, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
@@ -17,11 +19,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from anyorder.core.factorization import Factorization
-from anyorder.core.layout import lay_out
+from anyorder.core.layout import Rows, lay_out
 from anyorder.model import adapters
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.compatibility import check_model, refuse
 from anyorder.model.configuration import AnyOrderConfig
+from anyorder.model.kv_cache import KeyValueStore
 
 Model = TypeVar("Model", bound=AnyOrderPreTrainedModel)
 
@@ -52,29 +55,50 @@ def convert(
     Raises:
         ValueError: for an architecture that cannot be served, with the reason. The model stays as it was.
     """
+    adapters.check_bare(causal_lm)
     if isinstance(causal_lm, AnyOrderPreTrainedModel):
         raise ValueError("this model is converted already: use from_pretrained, or convert its .causal_lm anew")
     if isinstance(adapter, str):
         adapter = adapters.Adapter(kind=adapter)  # type: ignore[arg-type]
     check_model(causal_lm)
-    before, probed = causal_lm.config._attn_implementation, probe(causal_lm)
+    probed = probe(causal_lm)
     config = AnyOrderConfig(
         base_config=causal_lm.config, recipe=recipe, attn_implementation=attn_implementation, dtype=causal_lm.dtype
     )
-    try:
+    with left_as_it_was_if_refused(causal_lm):
         converted = cls(config, causal_lm)
-        converted.query_embedding.data.copy_(_mean_embedding(causal_lm.get_input_embeddings()))
         check_conversion(converted, probed)
+        converted.query_embedding.data.copy_(_mean_embedding(causal_lm.get_input_embeddings()))
         if adapter is not None:
             config.adapter = dataclasses.asdict(adapter)
             fingerprint = adapters.fingerprint(causal_lm)
             config.base = {"name": base_name, "revision": base_revision, "fingerprint": fingerprint}
             adapters.attach(causal_lm, adapter)
             converted.query_embedding.data = converted.query_embedding.data.float()
-    except Exception:
-        causal_lm.set_attn_implementation(before)  # a model that is refused stays as it was
-        raise
     return converted.train(causal_lm.training)
+
+
+@contextmanager
+def left_as_it_was_if_refused(causal_lm: PreTrainedModel) -> Iterator[None]:
+    """If what is inside fails, undo what it did to the model: attention, hooks, adapters, frozen weights."""
+    attention = causal_lm.config._attn_implementation
+    learns = [(parameter, parameter.requires_grad) for parameter in causal_lm.parameters()]
+    modules = list(causal_lm.modules())
+    attributes = [vars(module).copy() for module in modules]
+    contents = [{name: copy.copy(value) for name, value in of.items() if isinstance(value, dict)} for of in attributes]
+    try:
+        yield
+    except BaseException:
+        causal_lm.set_attn_implementation(attention)
+        for module, before, inside in zip(modules, attributes, contents, strict=True):
+            vars(module).clear()
+            vars(module).update(before)
+            for name, entries in inside.items():  # the same dictionaries: others may hold them
+                before[name].clear()
+                before[name].update(entries)
+        for parameter, flag in learns:
+            parameter.requires_grad_(flag)
+        raise
 
 
 @torch.no_grad()
@@ -107,38 +131,61 @@ def probe(causal_lm: PreTrainedModel) -> tuple[Tensor, Tensor] | None:
 
 @torch.no_grad()
 def check_conversion(model: AnyOrderPreTrainedModel, probed: tuple[Tensor, Tensor] | None) -> None:
-    """Raise ValueError unless the converted model, left to right, gives the logits that its base gave.
-
-    Its logits must also respond to positions: a model that numbers its inputs itself passes the first test.
-    """
+    """Raise ValueError unless the converted model, left to right, gives the logits that its base gave."""
     if probed is None:
         return
-    ids, base = probed
-    config = model.causal_lm.config
     training = model.causal_lm.training
     model.causal_lm.eval()
     try:
-        ours, calls = probed_rows(model, ids)
-        stretched, _ = probed_rows(model, ids, stride=3)
+        reason = _misfit(model, *probed)
     except Exception as error:
-        refuse(config, f"its modelling code fails on rows of intervals: {type(error).__name__}: {error}")
+        reason = f"its modelling code fails on rows of intervals: {type(error).__name__}: {error}"
     finally:
         model.causal_lm.train(training)
-    _check_calls(config, calls)
-    difference = float((ours.float() - base).square().mean().sqrt() / base.std().clamp(min=1e-6))
-    if not difference < PROBE_TOLERANCE.get(model.causal_lm.dtype, PROBE_TOLERANCE_16_BIT):
-        refuse(config, f"its logits change by {difference:.2g} of their spread when attention runs over intervals")
-    if torch.equal(stretched, ours):
-        refuse(config, "its modelling code ignores position_ids, so tokens cannot be sorted")
+    if reason is not None:
+        refuse(model.causal_lm.config, reason)
 
 
-def _check_calls(config: PretrainedConfig, calls: Sequence[tuple[int, int | None]]) -> None:
-    """One call of the attention function a layer, and every sliding layer must have told its window."""
+def _misfit(model: AnyOrderPreTrainedModel, ids: Tensor, base: Tensor) -> str | None:
+    """Why the converted model is not its base, or cannot be sorted; None: it fits.
+
+    The rows stand in another order than the tokens, with one among them that nothing reads: whatever mixes rows outside
+    attention gives other logits then. They must also respond to positions: a model without any passes the first test.
+    """
+    order = (torch.arange(len(base)) * 3 + 1) % len(base)
+    ours, calls = probed_rows(model, ids, order)
+    wrong = _wrong_calls(model.causal_lm.config, calls)
+    if wrong is not None:
+        return wrong
+    ignores_positions = "its modelling code ignores position_ids, so tokens cannot be sorted"
+    if _fits(model, ours, base):
+        stretched, _ = probed_rows(model, ids, order, stride=3)
+        return ignores_positions if torch.equal(stretched, ours) else None
+    in_order, _ = probed_rows(model, ids)
+    if not _fits(model, in_order, base):
+        difference = _difference(in_order, base)
+        return f"its logits change by {difference:.2g} of their spread when attention runs over intervals"
+    stretched, _ = probed_rows(model, ids, stride=3)
+    if torch.equal(stretched, in_order):
+        return ignores_positions
+    return "its layers mix neighbouring tokens outside attention (a shift or a convolution), so tokens cannot be sorted"
+
+
+def _difference(logits: Tensor, base: Tensor) -> float:
+    return float((logits.float() - base).square().mean().sqrt() / base.std().clamp(min=1e-6))
+
+
+def _fits(model: AnyOrderPreTrainedModel, logits: Tensor, base: Tensor) -> bool:
+    return _difference(logits, base) < PROBE_TOLERANCE.get(model.causal_lm.dtype, PROBE_TOLERANCE_16_BIT)
+
+
+def _wrong_calls(config: PretrainedConfig, calls: Sequence[tuple[int, int | None]]) -> str | None:
+    """Attention is called once a layer, and every sliding layer tells its window; if not, what is wrong."""
     layers = {layer for layer, _ in calls}
     if len(layers) != config.num_hidden_layers:
-        refuse(config, f"{len(layers)} of its {config.num_hidden_layers} layers go through the attention interface")
+        return f"{len(layers)} of its {config.num_hidden_layers} layers go through the attention interface"
     if len(calls) != len(layers):
-        refuse(config, f"its {len(layers)} layers call attention {len(calls)} times; the cache keeps one call a layer")
+        return f"its {len(layers)} layers call attention {len(calls)} times; the cache keeps one call a layer"
     told = sum(window is not None for _, window in calls)
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
@@ -146,7 +193,8 @@ def _check_calls(config: PretrainedConfig, calls: Sequence[tuple[int, int | None
     else:
         expected = config.num_hidden_layers if getattr(config, "sliding_window", None) else 0
     if told < expected:
-        refuse(config, f"{expected} of its layers have a sliding window, but only {told} tell the attention function")
+        return f"{expected} of its layers have a sliding window, but only {told} tell the attention function"
+    return None
 
 
 @torch.no_grad()
@@ -163,10 +211,28 @@ def left_to_right_difference(model: AnyOrderPreTrainedModel, input_ids: Tensor) 
 
 
 def probed_rows(
-    model: AnyOrderPreTrainedModel, ids: Tensor, stride: int = 1
+    model: AnyOrderPreTrainedModel, ids: Tensor, order: Tensor | None = None, stride: int = 1
 ) -> tuple[Tensor, list[tuple[int, int | None]]]:
-    """(T, V) logits of left-to-right content rows, `stride` positions apart, and every call of the attention."""
+    """(T, V) logits of left-to-right content rows, and every call of the attention.
+
+    Args:
+        model: a converted model.
+        ids: (1, T).
+        order: (T,) int64, tokens in the order in which their rows stand, about one that nothing reads; None: text
+            order, without it.
+        stride: positions from one token to the next.
+    """
     layout = lay_out(ids.cpu(), Factorization.left_to_right(ids.shape[1]), "exact")
-    rows = dataclasses.replace(layout.rows, positions=layout.rows.positions * stride)
-    hidden, reads = model.run_rows(rows, layout.key_positions * stride)
-    return model.head(hidden[0, : ids.shape[1]]), reads.calls
+    rows, key_positions = layout.rows, layout.key_positions * stride
+    rows = dataclasses.replace(rows, positions=rows.positions * stride)
+    if order is None:
+        hidden, reads = model.run_rows(rows, key_positions)
+        return model.head(hidden[0, : ids.shape[1]]), reads.calls
+    T, half = len(order), len(order) // 2
+    filler = {"seed_ids": int(ids[0, 0]), "seeded": True, "positions": 0, "lo": 0, "hi": 1, "gates": False, "ranks": T}
+    moved = {name: getattr(rows, name)[:, order] for name in filler}
+    about = {name: torch.full((1, 1), value, dtype=moved[name].dtype) for name, value in filler.items()}
+    halves = {name: torch.cat([moved[name][:, :half], about[name], moved[name][:, half:]], dim=1) for name in filler}
+    hidden, reads = model.run_rows(Rows(**halves), key_positions, KeyValueStore(T))
+    place = order.argsort()
+    return model.head(hidden[0, torch.where(place < half, place, place + 1)]), reads.calls

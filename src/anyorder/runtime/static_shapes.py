@@ -67,6 +67,7 @@ class StaticReads:
         self.calls: list[tuple[int, int | None]] = []
         self.lo, self.hi, self.positions, self.ranks, self.key_positions = lo, hi, positions, ranks, key_positions
         self.keys, self.values = keys, values
+        self.row_count = gates.numel()
         self.open_rows = gates.reshape(-1, 1).to(dtype)
 
     def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

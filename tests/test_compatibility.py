@@ -65,6 +65,46 @@ def test_a_model_whose_rows_do_not_give_its_logits_is_refused():
         AnyOrderForCausalLM.from_causal_lm(base)
 
 
+def left_neighbour(x):
+    return torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", ["mlp", "embed_tokens", "input_layernorm"])
+def test_layers_that_mix_neighbouring_rows_are_refused(place, dtype):
+    """A token shift passes from left to right, where neighbouring rows are neighbouring tokens; sorted they are not."""
+    base = base_model("llama").to(dtype)
+    module = base.model.embed_tokens if place == "embed_tokens" else getattr(base.model.layers[1], place)
+    forward = module.forward
+    module.forward = lambda x: forward(x + 0.5 * left_neighbour(x)) if place == "mlp" else forward(x)
+    if place != "mlp":
+        module.register_forward_hook(lambda module, inputs, output: output + 0.5 * left_neighbour(output))
+    with pytest.raises(ValueError, match="llama cannot be converted: .*(mix neighbouring|its logits change)"):
+        AnyOrderForCausalLM.from_causal_lm(base)
+
+
+def test_a_short_convolution_is_refused_with_the_reason():
+    base = base_model("llama")
+    norm = base.model.layers[2].post_attention_layernorm
+    kernel = torch.nn.Conv1d(32, 32, 3, groups=32, bias=False)
+    norm.register_forward_hook(
+        lambda module, inputs, out: kernel(torch.nn.functional.pad(out.transpose(1, 2), (2, 0))).transpose(1, 2)
+    )
+    with pytest.raises(ValueError, match=r"mix neighbouring tokens outside attention \(a shift or a convolution\)"):
+        AnyOrderForCausalLM.from_causal_lm(base)
+
+
+def test_the_probe_runs_few_rows():
+    """One forward of the base and two of the converted model, of a few tokens each."""
+    base, seen = base_model("llama"), []
+    base.model.register_forward_pre_hook(
+        lambda module, inputs, keywords: seen.append(next(v for v in keywords.values() if v is not None).shape[:2]),
+        with_kwargs=True,
+    )
+    AnyOrderForCausalLM.from_causal_lm(base)
+    assert [tuple(shape) for shape in seen] == [(1, 8), (1, 9), (1, 9)]
+
+
 def test_a_window_that_the_attention_is_not_told_of_is_refused():
     base = base_model("llama")
     base.config.sliding_window = 5
