@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from scipy.stats import chisquare
 
+from anyorder import Factorization
 from anyorder.decoding.sampling import AllowedTokens
 from architectures import VOCABULARY
 
@@ -24,6 +25,11 @@ def p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
     return float(
         chisquare(counts[expected > 0].numpy(), (expected / expected.sum() * counts.sum())[expected > 0].numpy()).pvalue
     )
+
+
+def repeated(order: Factorization, times: int) -> Factorization:
+    """A batch of one row, so many times."""
+    return Factorization(order.group_ids.repeat(times, 1))
 
 
 def run(model, ids, order, **options):

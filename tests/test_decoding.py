@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from anyorder import AnyOrderForCausalLM, Factorization, policies
 from anyorder.decoding.sampling import AllowedTokens
 from architectures import ARCHITECTURES, RECIPES, VOCABULARY, base_model, converted
-from decoding_runs import IDS, T, exactly, generator, p_value, run
+from decoding_runs import IDS, T, exactly, generator, p_value, repeated, run
 from factorizations import of_every_constructor, rows
 
 
@@ -38,7 +38,7 @@ def test_cached_equals_parallel(architecture, recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @given(parts=st.lists(rows(max_length=T), min_size=1, max_size=3), architecture=st.sampled_from(ARCHITECTURES))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 def test_cached_equals_parallel_on_any_factorization(recipe, architecture, parts):
     model = converted(architecture, recipe)
     order = Factorization.stack(parts)
@@ -95,9 +95,9 @@ def test_sampled_frequencies_are_the_exact_probabilities():
     order = Factorization.from_groups([[0], [3], [1], [2]])
     outcomes = torch.tensor([[1, *rest] for rest in itertools.product(range(4), repeat=3)])
     exact = model.log_likelihood(outcomes, Factorization.stack([order] * 64)).sum(dim=1).exp().double()
-    N = 20_000
+    N = 6_000
     start = torch.ones(N, 4, dtype=torch.int64)
-    drawn = model.generate(start, Factorization.stack([order] * N), generator=generator(), eos_token_id=())
+    drawn = model.generate(start, repeated(order, N), generator=generator(), eos_token_id=())
     index = (drawn[:, 1:] * torch.tensor([16, 4, 1])).sum(dim=1)
     counts = torch.bincount(index, minlength=64)
     assert p_value(counts, exact * N) > 0.01
@@ -111,7 +111,7 @@ def test_groups_are_drawn_independently_given_what_they_read():
     exact = model.log_likelihood(outcomes, Factorization.stack([order] * 16)).sum(dim=1).exp().double()
     N = 4000
     drawn = model.generate(
-        torch.ones(N, 3, dtype=torch.int64), Factorization.stack([order] * N), generator=generator(1), eos_token_id=()
+        torch.ones(N, 3, dtype=torch.int64), repeated(order, N), generator=generator(1), eos_token_id=()
     )
     counts = torch.bincount((drawn[:, 1:] * torch.tensor([4, 1])).sum(dim=1), minlength=16)
     assert p_value(counts, exact * N) > 0.01
@@ -281,17 +281,16 @@ def test_decoding_leaves_no_inference_tensors_behind():
     ("options", "message"),
     [
         ({"tempreature": 1.0}, "unknown option 'tempreature'; did you mean 'temperature'"),
-        ({"num_beams": 4}, "unknown option 'num_beams'; known options: do_sample"),
-        ({"temperature": 0.0}, "temperature is 0.0: for the most likely token leave it out"),
+        ({"num_beams": 4}, "num_beams is not for any order"),
         ({"temperature": -1.0}, "-1.0"),
         ({"temperature": 1.0, "do_sample": False}, r"temperature=1\.0 has no effect with do_sample=False"),
-        ({"top_k": 0}, "0"),
+        ({"top_k": -1}, "-1"),
         ({"top_p": 1.5}, r"1\.5"),
         ({"min_p": 2.0}, r"2\.0"),
         ({"repetition_penalty": -1.0}, "-1.0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number, at least 0, got -1"),
         ({"max_new_tokens": 100}, "112 tokens, blanks and new ones included; the model's context is 64"),
-        ({"max_new_tokens": 1.5}, r"max_new_tokens must be at least 1, got 1\.5"),
+        ({"max_new_tokens": 1.5}, r"max_new_tokens must be a whole number, at least 0, got 1\.5"),
         ({"generator": 5}, "generator must be a torch.Generator"),
         ({"generator": [1]}, "generator must be a torch.Generator"),
         ({"factorization": [[0]], "do_sample": True}, "factorization must be a Factorization, got list"),

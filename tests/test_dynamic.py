@@ -10,9 +10,10 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from anyorder import Factorization, policies
-from architectures import RECIPES, converted
-from decoding_runs import IDS, T, generator, p_value, run
+from anyorder import AnyOrderForCausalLM, Factorization, policies
+from anyorder.decoding.policies.base import LOGITS_AT_ONCE
+from architectures import RECIPES, base_model, converted
+from decoding_runs import IDS, T, generator, p_value, repeated, run
 from factorizations import rows
 
 CRITERIA = ("confidence", "entropy", "margin", "random")
@@ -26,7 +27,7 @@ CRITERIA = ("confidence", "entropy", "margin", "random")
     window=st.sampled_from([None, 1, 4]),
     spacing=st.sampled_from([1, 2, 3]),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 def test_dynamic_is_scored_exactly_and_every_row_by_itself(recipe, parts, criterion, how_many, window, spacing):
     # Attention to one single key is the same at every distance: rows from w are equally sure, and rounding chooses.
     assume(all(int(part.is_given.sum()) > 1 for part in parts))
@@ -85,8 +86,8 @@ def test_random_one_at_a_time_is_the_models_own_random_order_sampling():
     exact = torch.stack(
         [model.log_likelihood(outcomes, Factorization.stack([order] * 27)).sum(1).exp() for order in orders]
     )
-    N = 20_000
-    order = Factorization.stack([Factorization.from_groups([[0], [1, 2, 3]])] * N)
+    N = 6_000
+    order = repeated(Factorization.from_groups([[0], [1, 2, 3]]), N)
     start = torch.ones(N, 4, dtype=torch.int64)
     output = run(model, start, order, policy=policies.dynamic("random"), generator=generator(4))
     index = (output.sequences[:, 1:] * torch.tensor([9, 3, 1])).sum(1)
@@ -208,7 +209,7 @@ def test_what_may_not_be_revised():
 def test_revised_tokens_are_drawn_with_new_numbers():
     """Each pass over a one-position blank draws from the same distribution, independently."""
     model, N = converted("llama", vocabulary=4), 4000
-    order = Factorization.stack([Factorization.from_groups([[0], [1]])] * N)
+    order = repeated(Factorization.from_groups([[0], [1]]), N)
     ids, same = torch.ones(N, 2, dtype=torch.int64), {}
     for revisions in (0, 1):
         policy = policies.dynamic(reencode=True, max_revisions=revisions)
@@ -229,6 +230,10 @@ def test_revised_tokens_are_drawn_with_new_numbers():
         ({"max_revisions": 2}, "max_revisions=2 takes tokens back, which a cache cannot: add reencode=True"),
         ({"spacing": 0}, "spacing must be a whole number, at least 1, got 0"),
         ({"entropy_budget": -1}, "entropy_budget must be at least 0, got -1"),
+        ({"threshold": float("nan")}, "threshold must be a finite number, got nan"),
+        ({"entropy_budget": float("inf")}, "entropy_budget must be a finite number, got inf"),
+        ({"threshold": True}, "threshold must be a finite number, got True"),
+        ({"step_size": True}, "step_size must be a whole number, at least 1, got True"),
         ({"criterion": "random", "threshold": 0.5}, "threshold=0.5 means nothing with criterion='random'"),
         ({"stepsize": 2}, "did you mean 'step_size'"),
     ],
@@ -236,3 +241,47 @@ def test_revised_tokens_are_drawn_with_new_numbers():
 def test_mistakes_in_dynamic(options, message):
     with pytest.raises(ValueError, match=message):
         policies.dynamic(**options)
+
+
+@pytest.mark.parametrize("options", [{"step_size": 20}, {"entropy_budget": 40.0, "spacing": 2}, {"threshold": 0.5}])
+def test_logits_of_all_open_positions_are_never_held_at_once(options, monkeypatch):
+    """Sureness is a few numbers a position; what is chosen is what all logits at once choose."""
+    V, length = 20_000, 500
+    model = AnyOrderForCausalLM.from_causal_lm(base_model("llama", vocabulary=V, max_position_embeddings=length))
+    ids = torch.randint(3, V, (2, length), generator=generator(1))
+    order = Factorization.stack([Factorization.left_to_right(length, length), Factorization.left_to_right(400, 400)])
+    policy, heads = policies.dynamic("confidence", **options), []
+    head = model.head
+    monkeypatch.setattr(model, "head", lambda hidden: heads.append(len(hidden)) or head(hidden))
+
+    def first_step():
+        heads.clear()
+        return [
+            c for c in itertools.takewhile(lambda c: c.step == 0, model.stream(ids, order, policy, eos_token_id=()))
+        ]
+
+    commits = first_step()
+    asked = 499 + 399
+    assert sum(heads[:-1]) >= asked
+    assert max(heads) * V <= LOGITS_AT_ONCE
+    monkeypatch.setattr("anyorder.decoding.policies.base.LOGITS_AT_ONCE", 2**40)
+    at_once = first_step()
+    assert heads[0] == asked
+    assert [(c.row, c.position, c.token) for c in commits] == [(c.row, c.position, c.token) for c in at_once]
+    assert [c.log_prob for c in commits] == pytest.approx([c.log_prob for c in at_once], abs=1e-5)
+
+
+def test_a_policy_of_ones_own_may_measure():
+    class Rightmost(policies.MeasuringPolicy):
+        def candidates(self, factorization, is_open):
+            return is_open
+
+        def measure(self, logits):
+            return torch.zeros(len(logits), 1)
+
+        def choose(self, measured, row, column, uniform):
+            last = torch.zeros(int(row.max()) + 1, dtype=torch.int64).scatter_reduce(0, row, column, "amax")
+            return column == last[row]
+
+    output = run(converted("llama"), IDS[:1], Factorization.left_to_right(T), policy=Rightmost())
+    assert output.steps.tolist() == [[-1, *range(T - 2, -1, -1)]]

@@ -26,7 +26,7 @@ def test_a_policy_can_be_written_as_text():
         ("dynamic:step=4", "unknown option 'step'; did you mean 'step_size'"),
         ("dynamic:step_size", "policy option 'step_size' must be NAME=VALUE"),
         ("dynamic:step_size=many", "step_size must be a whole number, at least 1, got 'many'"),
-        ("dynamic:threshold=high", "threshold must be a number, got 'high'"),
+        ("dynamic:threshold=high", "threshold must be a finite number, got 'high'"),
     ],
 )
 def test_mistakes_in_a_policy_as_text(text, message):

@@ -5,10 +5,11 @@ import functools
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch._subclasses import FakeTensorMode
 
 from anyorder.core.rng import uniforms
 from anyorder.decoding.draw import Drafts, Drawer, Evaluated, Visible
-from anyorder.decoding.sampling import AllowedTokens, Sampler
+from anyorder.decoding.sampling import AllowedTokens, Sampler, in_double, inverse_cdf
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0]])
 ROW = COLUMN = torch.zeros(1, dtype=torch.int64)
@@ -37,7 +38,7 @@ def test_the_repetition_penalty_counts_tokens_on_both_sides():
 
 
 def test_draws_follow_the_distribution():
-    sampler, N = Sampler(do_sample=True), 20_000
+    sampler, N = Sampler(do_sample=True), 5_000
     u = uniforms([N], N, torch.Generator().manual_seed(0))[0]
     tokens = sampler.draw(LOGITS.expand(N, -1), u)
     expected = LOGITS[0].double().softmax(0) * N
@@ -118,3 +119,29 @@ def test_nothing_is_drawn_from_nothing(do_sample, verifying, bad, allowed, messa
     take = verify if verifying else functools.partial(drawer.draw, found, half[row, column])
     with pytest.raises(ValueError, match=message):
         take(VISIBLE)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_float64_is_on_the_cpu_where_a_device_may_have_none(device):
+    """MPS has none: a cumulative sum there would raise."""
+    with FakeTensorMode():
+        weights = torch.empty(2, 5, device=device)
+        assert in_double(weights).dtype == torch.float64
+        assert in_double(weights).device.type == "cpu"
+        assert inverse_cdf(weights, torch.empty(2, dtype=torch.float64)).device.type == "cpu"
+
+
+def test_temperature_zero_is_greedy():
+    sampler = Sampler(True, temperature=0, top_k=2, top_p=0.5)
+    assert sampler == Sampler()
+    with pytest.raises(ValueError, match="top_p"):
+        Sampler(True, temperature=0, top_p=7.0)
+    assert torch.equal(process(Sampler(True, top_k=0)), LOGITS[0])
+
+
+def test_allowed_tokens_less_some():
+    allowed = AllowedTokens(torch.tensor([[True] * 5, [False, True, True, False, False]]), torch.tensor([[0, 1, 1]]))
+    less = allowed.without([1, 3], torch.tensor([[True, True, False]]))
+    assert less.masks[less.index[0]].long().tolist() == [[1, 0, 1, 0, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]]
+    with pytest.raises(ValueError, match="allows none"):
+        allowed.without([1, 2], torch.tensor([[False, True, False]]))

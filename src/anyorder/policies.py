@@ -4,6 +4,7 @@ from anyorder.decoding.policies import (
     Dynamic,
     GroupPolicy,
     GroupWise,
+    MeasuringPolicy,
     Policy,
     Speculative,
     dynamic,
@@ -13,5 +14,6 @@ from anyorder.decoding.policies import (
 )
 
 __all__ = [
-    "Dynamic", "GroupPolicy", "GroupWise", "Policy", "Speculative", "dynamic", "groupwise", "parse", "speculative",
+    "Dynamic", "GroupPolicy", "GroupWise", "MeasuringPolicy", "Policy", "Speculative", "dynamic", "groupwise", "parse",
+    "speculative",
 ]  # fmt: skip
