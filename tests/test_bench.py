@@ -14,7 +14,7 @@ from anyorder import AnyOrderForCausalLM, Factorization, load
 from anyorder.bench import quality, report
 from anyorder.bench.decoders import AnyOrder, Continuation, Decoder, Foreign, HuggingFace, foreign_function
 from anyorder.bench.measure import Measured, measure
-from anyorder.bench.run import _policies, _prompts
+from anyorder.bench.run import _policies, _prompts, _sampling
 from anyorder.cli import main
 from anyorder.decoding.policies import parse
 from architectures import converted
@@ -93,6 +93,17 @@ def test_one_token_at_a_time_is_the_first_compiled_decoder():
     assert names(False, "speculative") == [["speculative"], []]
     assert names(True, "speculative") == [["speculative"], ["groupwise:size=1", "speculative"]]
     assert names(True, "groupwise:size=4", "groupwise")[1] == ["groupwise", "groupwise:size=4"]
+
+
+def test_temperature_zero_is_greedy():
+    def sampling(**given):
+        usual = {"greedy": False, "temperature": None, "top_p": None, "batch_size": [1], "prompts": 1}
+        return _sampling(argparse.Namespace(**{**usual, **given}))
+
+    assert sampling() == {"temperature": 1.0}
+    assert sampling(temperature=0.5, top_p=0.9) == {"temperature": 0.5, "top_p": 0.9}
+    assert sampling(greedy=True) is None
+    assert sampling(temperature=0.0, top_p=0.9) is None
 
 
 def test_what_was_measured_is_printed_before_anything_is_written(capsys, checkpoint, tmp_path, monkeypatch):

@@ -557,6 +557,18 @@ def test_python_m_anyorder():
     assert done.stdout.startswith("anyorder ")
 
 
+@pytest.mark.parametrize("moment", ["while a model is loaded", "while a text is filled"])
+def test_an_interrupt_is_one_word(capsys, checkpoint, monkeypatch, moment):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    if moment == "while a model is loaded":
+        monkeypatch.setattr("anyorder.cli.infill.load_model", interrupt)
+    else:
+        monkeypatch.setattr(AnyOrderForCausalLM, "generate", interrupt)
+    assert run(capsys, "infill", "a ___", "b ___", "--length", 1, "--model", checkpoint) == (130, "", "interrupted")
+
+
 def test_a_closed_pipe_is_no_error(checkpoint: Path):
     command = f"{sys.executable} -m anyorder show 'a b c' | head -n 0"
     done = subprocess.run(
