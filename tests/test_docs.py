@@ -45,12 +45,23 @@ def test_python_parses_and_imports_what_there_is(page):
                     assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
 
 
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.usefixtures("smollm2")
+def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks((ROOT / "docs" / "guide.md").read_text(), "python"):
+        exec(block, names)
+    assert "revise" in names
+
+
 @pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)  # options may stand in files of the repository
     for block in blocks(page.read_text(), "sh"):
-        for words_ in commands(block):
-            check_command(words_)
+        for command in commands(block):
+            check_command(command)
 
 
 def check_command(command: list[str]) -> None:
