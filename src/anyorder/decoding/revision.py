@@ -86,15 +86,8 @@ def revise(
     Raises:
         ValueError: if the arguments do not fit each other.
     """
-    if accept not in get_args(Accept):
-        raise ValueError(f"accept must be one of {', '.join(get_args(Accept))}, got {accept!r}")
-    check_ids("input_ids", input_ids)
-    for name in _OF_GENERATE_ALONE:
-        if name in options:
-            raise ValueError(f"{name} is an option of generate, not of revise; leave it out")
     blank = torch.as_tensor(blank)
-    if blank.shape != input_ids.shape:
-        raise ValueError(f"blank has shape {tuple(blank.shape)}, input_ids has {tuple(input_ids.shape)}")
+    _check_request(input_ids, blank, accept, options)
     if attention_mask is not None:
         attention_mask = attention_mask.to(blank.device)
     generators = row_generators(generator, len(input_ids))
@@ -102,7 +95,7 @@ def revise(
     if accept == "metropolis":
         target = left_to_right(input_ids, attention_mask) if target is None else target
         _check_metropolis(proposal, target, policy, options)
-    settings: dict[str, Any] = {"do_sample": options.get("temperature") != 0, "eos_token_id": ()} | options
+    settings: dict[str, Any] = {"do_sample": True, "eos_token_id": ()} | options
     # Without drawing too: a policy may choose positions at random.
     settings |= {"generator": generators, "return_dict_in_generate": True}
     output = generate(model, input_ids, proposal, policy, **settings)
@@ -117,6 +110,17 @@ def revise(
     uniform = uniforms([1] * len(generators), 1, generators)[:, 0]
     accepted = (uniform.log() < ratio).to(new.device)
     return Revision(torch.where(accepted[:, None], new, input_ids), accepted, output.forwards + 3)
+
+
+def _check_request(input_ids: Tensor, blank: Tensor, accept: Accept, options: dict[str, Any]) -> None:
+    if accept not in get_args(Accept):
+        raise ValueError(f"accept must be one of {', '.join(get_args(Accept))}, got {accept!r}")
+    check_ids("input_ids", input_ids)
+    for name in _OF_GENERATE_ALONE:
+        if name in options:
+            raise ValueError(f"{name} is an option of generate, not of revise; leave it out")
+    if blank.shape != input_ids.shape:
+        raise ValueError(f"blank has shape {tuple(blank.shape)}, input_ids has {tuple(input_ids.shape)}")
 
 
 def _check_metropolis(
@@ -149,6 +153,20 @@ def _check_padding(target: Factorization, present: Tensor) -> None:
     if bool(padding.any()):
         row, position = padding.nonzero()[0].tolist()
         raise ValueError(f"row {row}, position {position} is padding, but the target holds it: make it absent there")
+
+
+def _free_spans(input_ids: Tensor, target: Factorization, mask: Tensor, length: int) -> Tensor:
+    """(B, starts) bool: where spans begin of which the target predicts every token."""
+    if target.group_ids.shape != input_ids.shape:
+        raise ValueError(f"the target has shape {tuple(target.group_ids.shape)}, the text {tuple(input_ids.shape)}")
+    _check_padding(target, mask)
+    free = target.is_predicted[:, :0]
+    if length <= target.length:
+        free = target.is_predicted.unfold(1, length, 1).all(dim=2)
+    if not bool(free.any(dim=1).all()):
+        row = int((~free.any(dim=1)).nonzero()[0])
+        raise ValueError(f"row {row} has no {length} neighbouring tokens to revise: choose a smaller length")
+    return free
 
 
 def refine(
@@ -187,22 +205,13 @@ def refine(
     if "accept" in options:
         raise ValueError("accept is an option of revise: refine keeps what makes a row likelier; leave it out")
     target = left_to_right(input_ids, attention_mask) if target is None else target.to("cpu")
-    if target.group_ids.shape != input_ids.shape:
-        raise ValueError(f"the target has shape {tuple(target.group_ids.shape)}, the text {tuple(input_ids.shape)}")
     mask = target.is_present if attention_mask is None else attention_mask.bool().cpu()
-    _check_padding(target, mask)
-    free = target.is_predicted[:, :0]
-    if length <= target.length:
-        free = target.is_predicted.unfold(1, length, 1).all(dim=2)
-    if not bool(free.any(dim=1).all()):
-        row = int((~free.any(dim=1)).nonzero()[0])
-        raise ValueError(f"row {row} has no {length} neighbouring tokens to revise: choose a smaller length")
+    free = _free_spans(input_ids, target, mask, length)
     options = {"do_sample": False} | options
-    drawn = generator is not None or options["do_sample"]
-    generators = row_generators(generator, len(input_ids)) if drawn else None
+    random = generator is not None or options["do_sample"]
+    generators = row_generators(generator, len(input_ids)) if random else None
     best, tokens = input_ids, log_likelihood(model, input_ids, target).cpu()
-    scores, tried = [tokens.sum(dim=1)], torch.zeros_like(free)
-    columns = torch.arange(target.length)
+    scores, tried, columns = [tokens.sum(dim=1)], torch.zeros_like(free), torch.arange(target.length)
     for _ in range(rounds):
         weakness = tokens.unfold(1, length, 1).sum(dim=2).masked_fill(~free | tried, torch.inf)
         open_rows = weakness.isfinite().any(dim=1)  # others have tried everything
