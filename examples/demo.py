@@ -43,7 +43,7 @@ def main() -> None:
         "left to right, four at a time": Factorization.left_to_right(length, group_size=4),
         "a random order": Factorization.random(length, group_size=1, generator=generator),
     }
-    print("  nats a token:                   before training    with the adapter")
+    print("  log-probability a token, nats:  before training    with the adapter")
     for name, order in orders.items():
         before, after = (float(m.log_likelihood(ids, order).sum()) / (length - 1) for m in (untrained, model))
         print(f"  {name:30} {before:16.2f} {after:19.2f}")
