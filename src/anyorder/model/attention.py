@@ -103,13 +103,13 @@ class Reads:
             key, value = self._store.append(layer, key, value, self._ranks, self._start)
         return key[:, :, : self.key_count], value[:, :, : self.key_count]
 
-    @property
-    def stacks_heads(self) -> bool:
-        """Whether the heads that share a key head are stacked as rows, each with its copy of the mask.
+    def stacks_heads(self, repeats: int) -> bool:
+        """Whether `repeats` heads that share a key head are stacked as rows, each with its copy of the mask.
 
-        SDPA's kernel for the CPU shares keys and masks among heads by itself.
+        A step of decoding then reads its keys once for all of them. SDPA's kernel for the CPU shares keys and masks
+        among heads by itself, which is worth more where masks are large.
         """
-        return self._device.type != "cpu"
+        return self._device.type != "cpu" or self._are_small(repeats)
 
     def plan(self, window: int | None, repeats: int, dtype: torch.dtype) -> Iterator[Block]:
         """Blocks of rows, the keys each reads, and its mask (None: reads them all).
@@ -121,11 +121,7 @@ class Reads:
         if kept is not None:
             yield from kept
             return
-        if repeats not in self._spans:
-            self._spans[repeats] = self._blocks_of_rows(repeats)
-        blocks = self._spans[repeats]
-        elements = sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in blocks)
-        keep = elements * repeats * len(self._rows.lo) <= KEPT_ELEMENTS
+        blocks, keep = self._blocks_of_rows(repeats), self._are_small(repeats)
         # Where gradients flow, every layer's attention keeps its masks for the backward pass: better the same ones.
         made: list[Block] | None = [] if keep or torch.is_grad_enabled() else None
         # Masks that grow from block to block would each leave a hole in the heap that the next one does not fit in.
@@ -140,13 +136,21 @@ class Reads:
         if made is not None:
             self._kept[window, repeats, dtype] = made
 
+    def _are_small(self, repeats: int) -> bool:
+        """Whether the masks of all rows are worth keeping."""
+        blocks = self._blocks_of_rows(repeats)
+        elements = sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in blocks)
+        return elements * repeats * len(self._rows.lo) <= KEPT_ELEMENTS
+
     def _blocks_of_rows(self, repeats: int) -> list[tuple[slice, slice]]:
         """The rows in blocks, and for each the keys between its lowest and its highest interval."""
+        if repeats in self._spans:
+            return self._spans[repeats]
         B, R = self._rows.lo.shape
         size = max(1, MASK_ELEMENTS // (B * repeats * self.key_count))
         size = min(BLOCK_ROWS, size) if self._device.type == "cpu" else size
         C = self.content_count  # a block of the last content and the first queries would read everything
-        blocks = []
+        blocks = self._spans[repeats] = []
         for begin, end in ((0, C), (C, R)):
             for first in range(begin, end, size):
                 rows = slice(first, min(first + size, end))
@@ -272,8 +276,7 @@ def _blocks(
 ) -> Tensor:
     B, H, R, D = query.shape
     G = key.shape[1]
-    stacked = reads.stacks_heads or softcap is not None
-    repeats = H // G if stacked else 1
+    repeats = H // G if softcap is not None or reads.stacks_heads(H // G) else 1
     grouped = query.reshape(B, H // repeats, repeats, R, D)
     outputs: list[Tensor] = []
     whole: Tensor | None = None

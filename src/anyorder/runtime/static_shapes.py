@@ -50,7 +50,6 @@ class StaticReads:
     """
 
     implementation = "sdpa"
-    stacks_heads = True
 
     def __init__(
         self,
@@ -76,6 +75,10 @@ class StaticReads:
         scatter(self.keys[layer], key[:, :, :C], self.ranks)
         scatter(self.values[layer], value[:, :, :C], self.ranks)
         return self.keys[layer], self.values[layer]
+
+    def stacks_heads(self, repeats: int) -> bool:
+        """Always: the mask is of one step."""
+        return True
 
     def plan(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Block]:
         """All rows in one block, with its mask."""
