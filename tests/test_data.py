@@ -79,8 +79,9 @@ def test_a_mixture_draws_each_source_as_often_as_it_weighs():
     one, two = documents(), documents(5)
     for number, document in enumerate(two):
         document.ids[0] = number - 9  # to be told apart
-    data = Sequences([one, two], 16, BUILT_IN["exact"], count=600, weights=[1, 3])
-    from_two = [bool((data[i]["input_ids"] < 0).any()) for i in range(600)]
+    sequences = Sequences([one, two], 16, BUILT_IN["exact"], count=600, weights=[1, 3])
+    data = [sequences[i] for i in range(600)]
+    from_two = [bool((item["input_ids"] < 0).any()) for item in data]
     assert 410 < sum(from_two) < 490
     seen = [tuple(ids.tolist()) for i in range(600) if from_two[i] for ids in _documents(data[i])]
     counts = [seen.count(tuple(document.ids.tolist())) for document in two]

@@ -157,7 +157,7 @@ class OneOrder(RandomGroups):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("adapter", ["full", "lora", "gated"])
+@pytest.mark.parametrize("adapter", ["full", pytest.param("lora", marks=pytest.mark.slow), "gated"])
 def test_ten_sentences_are_learned_by_heart_in_random_order(adapter, tmp_path):
     g = torch.Generator().manual_seed(1)
     ten = [TokenDocument(torch.randint(3, VOCABULARY, (n,), generator=g), Document(n, (1,))) for n in range(12, 22)]
