@@ -25,7 +25,7 @@ from torch import Tensor
 from anyorder.core.factorization import GIVEN, Factorization
 from anyorder.core.layout import Arrangement, join
 from anyorder.infill.encoding import pad
-from anyorder.infill.lengths import LengthPrior, Tries, median
+from anyorder.infill.lengths import LengthPrior, Tries, chosen
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.model.lm_head import Predictions
@@ -64,7 +64,7 @@ class Found:
 def look_ahead(
     model: AnyOrderPreTrainedModel, texts: Sequence[Sequence[Part]], prior: LengthPrior, limit: int | None
 ) -> tuple[list[Found], int]:
-    """A length for every gap: the median of the lengths that fit, as the evidence and the prior have them.
+    """A length for every gap, of those that fit, by evidence and prior.
 
     Args:
         model: a converted model.
@@ -172,7 +172,7 @@ class _Walk:
 
     def _settle(self, gap: Gap, tries: Tries) -> None:
         log_shares = self.prior.log_probabilities(tries)
-        length = int(tries.lengths[median(log_shares.exp())])
+        length = int(tries.lengths[chosen(log_shares.exp(), tries.opens)])
         self.found.lengths[gap.blank] = length
         self.found.log_shares[gap.blank] = dict(zip(tries.lengths.tolist(), log_shares.tolist(), strict=True))
         if len(tries.lengths) > 1:

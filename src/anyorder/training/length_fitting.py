@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from anyorder.infill.infiller import Infiller
-from anyorder.infill.lengths import AUTO, NEUTRAL, LengthPrior, Tries, fit, median
+from anyorder.infill.lengths import AUTO, NEUTRAL, LengthPrior, Tries, chosen, fit
 from anyorder.infill.template import Template
 from anyorder.model.configuration import AnyOrderConfig
 from anyorder.modeling import AnyOrderForCausalLM
@@ -47,7 +47,7 @@ class Fit:
     """Of the true lengths, on average."""
     nats_of_even_odds: float
     mean_error: float
-    """Tokens by which the median is too long."""
+    """Tokens by which the lengths chosen are too long."""
     mean_absolute_error: float
 
     def report(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _measured(prior: LengthPrior, cases: Sequence[tuple[Tries, int]]) -> Fit:
     for tries, true in cases:
         log_shares = rounded.log_probabilities(tries)
         nats -= float(log_shares[true])
-        errors.append(int(tries.lengths[median(log_shares.exp())]) - int(tries.lengths[true]))
+        errors.append(int(tries.lengths[chosen(log_shares.exp(), tries.opens)]) - int(tries.lengths[true]))
     n, absolute = len(cases), sum(map(abs, errors))
     even = math.log(len(AUTO))
     return Fit(rounded, n, round(nats / n, 4), round(even, 4), round(sum(errors) / n, 3), round(absolute / n, 3))
