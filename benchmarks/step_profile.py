@@ -122,9 +122,9 @@ def _timed(model: AnyOrderForCausalLM) -> dict[str, list[float]]:
 
         return call
 
-    functions: tuple[dict[Any, Callable[..., torch.Tensor]], ...] = (forward._forwards, forward._heads)
-    for kind, compiled in zip(COMPILED, functions, strict=True):
-        compiled.update({shape: timed(function, parts[kind]) for shape, function in compiled.items()})
+    for name, function in forward._built.items():
+        kind = COMPILED[name.startswith("head")]
+        forward._built[name] = timed(function, parts[kind])
     return parts
 
 

@@ -75,11 +75,11 @@ def test_masks_in_floats_say_what_boolean_ones_say(window):
     layout = lay_out(IDS.repeat(3, 1), Factorization.stack(orders), "exact")
     reads = attention.Reads(layout.rows, layout.key_positions, torch.device("cpu"))
     none = torch.empty(0)
-    for rows, keys in ((slice(0, 5), slice(0, T)), (slice(6, 9), slice(0, T)), (slice(T, T + 4), slice(0, T))):
-        plain = reads._mask(rows, keys, window, 2, torch.bool, none)
-        assert torch.equal(plain, reads._mask(rows, keys, window, 1, torch.bool, none).repeat(1, 1, 2, 1))
+    for chosen, keys in ((slice(0, 5), slice(0, T)), (slice(6, 9), slice(0, T)), (slice(T, T + 4), slice(0, T))):
+        plain = reads._mask(chosen, keys, window, 2, torch.bool, none)
+        assert torch.equal(plain, reads._mask(chosen, keys, window, 1, torch.bool, none).repeat(1, 1, 2, 1))
         for scratch in (none, torch.full((1000,), 7.0)):
-            floats = reads._mask(rows, keys, window, 2, torch.float32, scratch)
+            floats = reads._mask(chosen, keys, window, 2, torch.float32, scratch)
             assert torch.equal(floats, attention.additive(plain, torch.float32))
 
 

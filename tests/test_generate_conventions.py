@@ -33,7 +33,7 @@ ORDER = Factorization.random(T, 2, generator=generator(1))
 @pytest.fixture
 def pair():
     """A base of its own, whose generation config a test may change, and its conversion."""
-    base = base_model("llama")
+    base = base_model("llama", max_position_embeddings=16)
     return base, AnyOrderForCausalLM.from_causal_lm(copy.deepcopy(base))
 
 
@@ -80,11 +80,11 @@ def test_options_of_transformers_do_what_they_do_there(pair, options):
 def test_the_models_own_generation_config_counts_for_prompts(pair):
     _, model = pair
     saved = model.generation_config
-    saved.do_sample, saved.temperature, saved.top_p, saved.max_new_tokens = True, 0.6, 0.9, 7
+    saved.do_sample, saved.temperature, saved.top_p, saved.max_new_tokens = True, 0.6, 0.9, 4
     drawn = model.generate(PROMPTS, seed=3)
-    assert drawn.shape[1] <= 5 + 7
+    assert drawn.shape[1] <= 5 + 4
     assert torch.equal(
-        drawn, model.generate(PROMPTS, temperature=0.6, top_p=0.9, max_new_tokens=7, generator=generator(3))
+        drawn, model.generate(PROMPTS, temperature=0.6, top_p=0.9, max_new_tokens=4, generator=generator(3))
     )
     torch.manual_seed(0)
     first = model.generate(PROMPTS)
@@ -100,7 +100,7 @@ def test_the_models_own_generation_config_counts_for_prompts(pair):
 def test_the_nearer_place_counts(pair):
     _, model = pair
     model.generation_config.max_length = 1000  # longer than the model can stand on
-    assert model.generate(PROMPTS, eos_token_id=()).shape[1] == 64
+    assert model.generate(PROMPTS, eos_token_id=()).shape[1] == 16
     config = GenerationConfig(max_new_tokens=3)
     assert model.generate(PROMPTS, generation_config=config, eos_token_id=()).shape[1] == 8
     assert model.generate(PROMPTS, generation_config=config, max_length=7, eos_token_id=()).shape[1] == 7
@@ -140,7 +140,7 @@ def test_no_new_tokens_are_the_prompts():
 
 def test_temperature_zero_is_the_most_likely_token():
     model = converted("llama")
-    expected = model.generate(PROMPTS, do_sample=False)
+    expected = model.generate(PROMPTS, do_sample=False, max_new_tokens=4)
     state = torch.get_rng_state()
     for options in (
         {},
@@ -149,15 +149,18 @@ def test_temperature_zero_is_the_most_likely_token():
         {"top_p": 0.9, "top_k": 5},
         {"generator": generator()},
     ):
-        assert torch.equal(model.generate(PROMPTS, temperature=0, **options), expected)
-    assert torch.equal(model.generate(PROMPTS, temperature=0.0, policy=policies.speculative()), expected)
+        assert torch.equal(model.generate(PROMPTS, temperature=0, max_new_tokens=4, **options), expected)
+    assert torch.equal(
+        model.generate(PROMPTS, temperature=0.0, max_new_tokens=4, policy=policies.speculative()), expected
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_seed_is_a_generator():
     model = converted("llama")
-    assert torch.equal(model.generate(PROMPTS, seed=5), model.generate(PROMPTS, generator=generator(5)))
-    assert not torch.equal(model.generate(PROMPTS, seed=5), model.generate(PROMPTS, seed=6))
+    drawn = model.generate(PROMPTS, generator=generator(5), max_new_tokens=4)
+    assert torch.equal(model.generate(PROMPTS, seed=5, max_new_tokens=4), drawn)
+    assert not torch.equal(model.generate(PROMPTS, seed=6, max_new_tokens=4), drawn)
     commits = list(model.stream(PROMPTS, seed=5, max_length=9, num_return_sequences=2, eos_token_id=()))
     assert len(commits) == 3 * 2 * 4
 
@@ -167,7 +170,7 @@ def test_several_sequences_of_a_row_are_rows_of_their_own():
     twice = PROMPTS.repeat_interleave(2, dim=0)
     mask = torch.ones_like(PROMPTS)
     mask[1, :2] = 0
-    options = {"temperature": 1.5, "seed": 2, "attention_mask": mask}
+    options = {"temperature": 1.5, "seed": 2, "attention_mask": mask, "max_new_tokens": 5}
     several = model.generate(PROMPTS, num_return_sequences=2, **options)
     options["attention_mask"] = mask.repeat_interleave(2, dim=0)
     assert torch.equal(several, model.generate(twice, **options))

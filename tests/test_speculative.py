@@ -59,7 +59,7 @@ CASES = {
     ],
 )
 def test_speculative_samples_are_distributed_as_one_at_a_time(case, draft, length, sampling):
-    N, order, model = 6_000, CASES[case], converted("llama", vocabulary=V)
+    N, order, model = 4_000, CASES[case], converted("llama", vocabulary=V)
     ids, exact = outcomes_of(case, frozenset(sampling.items()))
     assert exact.sum() == pytest.approx(1, abs=1e-5)
     start = torch.ones(N, order.length, dtype=torch.int64)

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from anyorder.core.factorization import Factorization
-from anyorder.core.rng import Generators, row_generators
 from anyorder.core.options import check_options
+from anyorder.core.rng import Generators, row_generators
 from anyorder.decoding.constraints import Automata, Constraint
 from anyorder.decoding.events import Watcher
 from anyorder.decoding.policies import Policy
@@ -119,8 +119,8 @@ class Infiller:
             blank: the marker, default "___" and any longer run of underscores.
             length: tokens of a blank: a number, a range (lo, hi) or "auto", for all or in a list with one for each.
                 Default "auto". Where it is not a number, the model says how likely each is (see `lengths`), and the
-                likeliest is taken, or where the blank opens a sentence the middle of their distribution; of a blank with
-                a constraint, among what that allows.
+                likeliest is taken, or where the blank opens a sentence the middle of their distribution; of a blank
+                with a constraint, among what that allows.
             constraints: `constraints.Choice`, `Pattern` or `JsonSchema`: one for all blanks, or a list with one or None
                 for each. Choices have lengths of their own and are decided first, from left to right.
             blank_order: numbers of blanks, from 0, in the order in which they are filled; blanks that it leaves out
