@@ -133,9 +133,9 @@ average (n^0.5 e^(-0.4 n)) and one that opens a sentence 10 (n^2 e^(-0.3 n))."""
 def chosen(shares: Tensor, opens: bool) -> int:
     """The index of the length that a blank gets.
 
-    Inside a sentence the likeliest: a token too many has to be padded with something ("the door and."). Where the blank
-    opens a sentence, whose length is hardly ever met exactly, the middle of the distribution: it is off by the fewest
-    tokens on average, where the likeliest would be too short more often than not.
+    Inside a sentence the likeliest: it is met exactly most often, and a token too many has to be padded with something
+    ("the door and."). Where the blank opens a sentence, whose length is hardly ever met exactly, the middle of the
+    distribution: it is off by the fewest tokens on average, where the likeliest would be too short more often than not.
 
     Args:
         shares: (C,) probabilities, of lengths in ascending order.
