@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -20,8 +21,10 @@ from tqdm import tqdm
 
 from anyorder import DEFAULT_MODEL, Infiller, load
 from anyorder.bench.quality import rouge_l
+from anyorder.infill.infiller import Span
+from anyorder.infill.lengths import Length
 
-HOW = ("auto", "true length", "one length for all")
+TOGETHER = 20  # texts of one length that are filled in one batch
 
 
 def main() -> None:
@@ -39,15 +42,8 @@ def main() -> None:
     true = [len(infiller.pieces.encode(" " + text)) for text in references]
     texts = [" ".join([*sentences[:BLANK], "___", *sentences[BLANK + 1 :]]) for sentences in stories]
     average = round(mean(true))
-    fills: dict[str, list[str]] = {name: [] for name in HOW}
-    found = []
-    for text, length in zip(tqdm(texts, unit="story"), true, strict=True):
-        (span,) = infiller(text, length="auto").spans
-        found.append(span.tokens)
-        fills["auto"].append(span.text)
-        fills["true length"].append(infiller(text, length=length).spans[0].text)
-        fills["one length for all"].append(infiller(text, length=average).spans[0].text)
-    lengths = {"auto": found, "true length": true, "one length for all": [average] * len(true)}
+    spans = {"auto": filled(infiller, texts, ["auto"] * len(texts)), "true length": filled(infiller, texts, true)}
+    spans["one length for all"] = filled(infiller, texts, [average] * len(texts))
     lines = [
         f"# Unknown lengths: {len(stories)} third sentences of stories, {options.model}, {options.dtype}",
         "",
@@ -56,15 +52,26 @@ def main() -> None:
         "| length | ROUGE-L F1 | mean tokens | mean error | mean absolute error |",
         "|---|---|---|---|---|",
     ]
-    for name in HOW:
-        errors = [own - real for own, real in zip(lengths[name], true, strict=True)]
-        score = rouge_l(fills[name], references)
-        lines.append(
-            f"| {name} | {score:.3f} | {mean(lengths[name]):.1f} | {mean(errors):+.2f} | {mean(map(abs, errors)):.2f} |"
-        )
+    for name, found in spans.items():
+        errors = [span.tokens - real for span, real in zip(found, true, strict=True)]
+        score = rouge_l([span.text for span in found], references)
+        tokens = mean(span.tokens for span in found)
+        lines.append(f"| {name} | {score:.3f} | {tokens:.1f} | {mean(errors):+.2f} | {mean(map(abs, errors)):.2f} |")
     print("\n".join(lines))
     if options.output is not None:
         options.output.write_text("\n".join(lines) + "\n")
+
+
+def filled(infiller: Infiller, texts: list[str], lengths: Sequence[Length]) -> list[Span]:
+    """The blank of each text, filled at its length; texts of one length together."""
+    found: dict[int, Span] = {}
+    for length in tqdm(dict.fromkeys(lengths), unit="length"):
+        own = [number for number, one in enumerate(lengths) if one == length]
+        for first in range(0, len(own), TOGETHER):
+            batch = own[first : first + TOGETHER]
+            infills = infiller([texts[number] for number in batch], length=length)
+            found |= {number: infill.spans[0] for number, infill in zip(batch, infills, strict=True)}
+    return [found[number] for number in range(len(texts))]
 
 
 if __name__ == "__main__":
