@@ -27,7 +27,7 @@ CRITERIA = ("confidence", "entropy", "margin", "random")
     window=st.sampled_from([None, 1, 4]),
     spacing=st.sampled_from([1, 2, 3]),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
 def test_dynamic_is_scored_exactly_and_every_row_by_itself(recipe, parts, criterion, how_many, window, spacing):
     # Attention to one single key is the same at every distance: rows from w are equally sure, and rounding chooses.
     assume(all(int(part.is_given.sum()) > 1 for part in parts))
