@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,12 +31,24 @@ def adapted(architecture: str = "llama", kind: str = "gated", trained: bool = Tr
     return model.eval()
 
 
+@cache
+def shared(architecture: str) -> AnyOrderForCausalLM:
+    """One of those, for tests that do not change it."""
+    return adapted(architecture)
+
+
+@cache
+def bare_one(architecture: str) -> AnyOrderForCausalLM:
+    """The same without an adapter."""
+    bare = AnyOrderForCausalLM.from_causal_lm(base_model(architecture))
+    bare.query_embedding.data.copy_(shared(architecture).query_embedding)
+    return bare
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_base_model_bit_for_bit_where_it_has_stood_before(architecture):
-    model = adapted(architecture)
-    bare = AnyOrderForCausalLM.from_causal_lm(base_model(architecture))
-    bare.query_embedding.data.copy_(model.query_embedding)
+    model, bare = shared(architecture), bare_one(architecture)
 
     def logits(order):
         return model(IDS[:1], order).logits[0], bare(IDS[:1], order).logits[0]
@@ -63,8 +76,7 @@ def test_the_base_model_bit_for_bit_where_it_has_stood_before(architecture):
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "qwen3_moe"])
 def test_the_prefix_rows_of_an_infill_are_the_base_models(architecture):
     """Their keys and values can be shared with the base model's cache."""
-    model, states = adapted(architecture), {}
-    bare = AnyOrderForCausalLM.from_causal_lm(base_model(architecture))
+    model, bare, states = shared(architecture), bare_one(architecture), {}
     blank = torch.zeros(1, 14, dtype=torch.bool)
     blank[0, 5:8] = True
     for name, one in (("ours", model), ("base", bare)):
@@ -76,7 +88,7 @@ def test_the_prefix_rows_of_an_infill_are_the_base_models(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cached_equals_parallel_with_a_gated_adapter(architecture):
-    model = adapted(architecture)
+    model = shared(architecture)
     order = Factorization.stack([Factorization.random(14, 3, given=2), Factorization.left_to_right(9, 2)])
     output = model.generate(IDS, order, forced_ids=IDS, return_dict_in_generate=True)
     torch.testing.assert_close(output.log_probs, model.log_likelihood(IDS, order), atol=1e-5, rtol=0)

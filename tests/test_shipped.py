@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from anyorder.hub import resolve as sources
 from anyorder.infill.pieces import Pieces
 
 NAME = "smollm2-135m-anyorder"
-DIRECTORY = Path(sources.__file__).parent / "shipped" / NAME
+DIRECTORY = sources.SHIPPED / NAME
 STORIES = (
     "Ben found a coin on the street.| He ran to the store with it.| He bought a big red apple.| The apple was sweet."
     "| Ben gave half of it to his sister.",
@@ -45,6 +43,7 @@ def test_left_to_right_it_is_the_base_model(shipped, smollm2):
     assert torch.equal(model.generate(ids, max_new_tokens=24), base.generate(ids, max_new_tokens=24))
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_both_sides_help_and_groups_are_learned(shipped, smollm2):
     pieces, totals = Pieces(smollm2[1]), torch.zeros(2, 2)
