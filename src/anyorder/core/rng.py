@@ -42,5 +42,6 @@ def uniforms(lengths: Sequence[int], columns: int, generator: Generators) -> Ten
     """
     out = torch.zeros(len(lengths), columns, dtype=torch.float64)
     for row, length, source in zip(out, lengths, row_generators(generator, len(lengths)), strict=True):
-        row[:length] = torch.rand(length, generator=source, dtype=torch.float64, device=source.device).cpu()
+        dtype = torch.float32 if source.device.type == "mps" else torch.float64  # there is no other there
+        row[:length] = torch.rand(length, generator=source, dtype=dtype, device=source.device).cpu()
     return out

@@ -142,7 +142,7 @@ def _scores(model: AnyOrderForCausalLM, tried: list[Encoded], blank: list[int]) 
         order = Factorization.stack(
             [_one_blank(e, k) for e, k in zip(batch, blank[first : first + size], strict=True)]
         )  # fmt: skip
-        found.append(model.log_likelihood(pad([e.ids for e in batch], 0), order).double().sum(dim=1).cpu())
+        found.append(model.log_likelihood(pad([e.ids for e in batch], 0), order).cpu().double().sum(dim=1))
     return torch.cat(found), len(found)
 
 
