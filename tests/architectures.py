@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from anyorder import AnyOrderForCausalLM
 from anyorder.model.adapters import Adapter
+from anyorder.model.coupling import Coupling
 
 VOCABULARY = 37
 WINDOW = 4
@@ -89,6 +90,21 @@ def base_model(architecture: str, vocabulary: int = VOCABULARY, seed: int = 0, *
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
     return model.eval()
+
+
+def couple(model: AnyOrderForCausalLM) -> AnyOrderForCausalLM:
+    """The model with a coupling of random weights, large enough to matter."""
+    model.couple(Coupling(width=24, rank=8))
+    torch.manual_seed(2)
+    for parameter in model.coupling.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    return model
+
+
+@cache
+def coupled(architecture: str, recipe: str = "exact", vocabulary: int = VOCABULARY) -> AnyOrderForCausalLM:
+    """`converted` with a coupling; shared between tests, which must not change it."""
+    return couple(converted.__wrapped__(architecture, recipe, vocabulary))
 
 
 @cache

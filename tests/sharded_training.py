@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from anyorder import AnyOrderForCausalLM, Factorization
-from anyorder.hub.checkpoint import QUERY_FILE, read_weights
+from anyorder.hub.checkpoint import read_weights
 from anyorder.model import lm_head as head
-from anyorder.model.adapters import WEIGHTS_FILE, Adapter
+from anyorder.model.adapters import Adapter
 from anyorder.training.curriculum import BUILT_IN
 from anyorder.training.data import Sequences, collate
 from anyorder.training.heldout import HeldOut
@@ -77,7 +77,7 @@ def main() -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.zero_()
-        read_weights(model, folder / "model" / WEIGHTS_FILE, folder / "model" / QUERY_FILE)
+        read_weights(model, (folder / "model").joinpath)
         again = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         assert all(torch.equal(again[name], whole[name]) for name in whole)
     if rank == 0:

@@ -24,7 +24,7 @@ from anyorder.decoding.constraints import (
 )
 from anyorder.decoding.sampling import AllowedTokens
 from anyorder.infill.infiller import Infill
-from architectures import converted
+from architectures import converted, coupled
 from decoding_runs import generator, p_value
 
 TOKENS = {0: "a", 1: "b", 2: "ab", 3: "1", 4: "12", 5: " ", 6: "é", 7: "2"}
@@ -241,6 +241,37 @@ def test_constrained_samples_are_the_renormalised_steps():
         counts = torch.bincount(drawn[:, 1] * 3 + drawn[:, 2], minlength=9)
         assert drawn[:, 1:3].max() < 3
         assert p_value(counts, exact * N) > 0.01
+
+
+@pytest.mark.parametrize("make", [converted, coupled])
+def test_a_pattern_inside_one_group_is_drawn_step_by_step(make):
+    """The automaton advances from member to member: each takes what can still match behind those before it."""
+    model, N = make("llama", vocabulary=8), 6000
+    automaton = AUTOMATA.of(Pattern("(?:a|ab)(?:a|b)(?:a|ab|b)|b(?:ab|b)(?:a|b)"), False, ())
+    order = Factorization.infill(torch.tensor([[False, True, True, True, False]]), group_size=3)
+    outcomes = torch.tensor([[3, *ids, 4] for ids in itertools.product(range(8), repeat=3)])
+    log_p = torch.zeros(len(outcomes), dtype=torch.float64)
+    with torch.no_grad():
+        logits = model(outcomes, Factorization.stack([order] * len(outcomes))).logits.double()
+    for n, ids in enumerate(outcomes[:, 1:4].tolist()):
+        for k in range(3):
+            state = automaton.walk(ids[:k])
+            mask = automaton.mask(state, 3 - k) if state is not None else torch.zeros(8, dtype=torch.bool)
+            own = logits[n, 1 + k].masked_fill(~mask, -torch.inf)
+            log_p[n] += own.log_softmax(-1)[ids[k]] if mask[ids[k]] else -torch.inf
+    exact = log_p.exp()
+    assert float(exact.sum()) == pytest.approx(1, abs=1e-6)
+    blanks = BlankConstraints([BlankConstraint(row, (1, 2, 3), automaton) for row in range(N)], torch.Size((N, 5)))
+    drawn = model.generate(
+        torch.tensor([[3, 0, 0, 0, 4]]).repeat(N, 1),
+        Factorization.stack([order] * N),
+        blank_constraints=blanks,
+        generator=generator(1),
+        eos_token_id=(),
+        temperature=1.0,
+    )
+    counts = torch.bincount(drawn[:, 1] * 64 + drawn[:, 2] * 8 + drawn[:, 3], minlength=512)
+    assert p_value(counts, exact * N) > 0.01
 
 
 # ---------------------------------------------------------------------- with allowed tokens
@@ -504,7 +535,7 @@ def test_blanks_are_filled_in_the_order_asked_for(infiller):
         ({"blank_order": [0], "order": "random"}, "order='random' too: choose one"),
         ({"constraints": [None]}, "1 constraints for 2 blanks"),
         ({"constraints": ["a+", None]}, "a constraint is a Choice, a Pattern or a JsonSchema, got 'a[+]'"),
-        ({"constraints": Pattern("[ab]+"), "group_size": 2}, "one of its tokens a step"),
+        ({"constraints": Pattern("[ab]+"), "order": "random"}, "filled from left to right; choose order="),
         ({"constraints": Pattern("[ab]+"), "policy": policies.dynamic()}, "chooses its own order"),
         ({"suppress_tokens": [10**6]}, "suppress_tokens holds 1000000"),
     ],

@@ -342,8 +342,8 @@ def test_scores_are_what_tokens_were_drawn_from(pair):
         ),
         ({"max_time": 5, "policy": policies.dynamic()}, "max_time needs text that grows from left to right"),
         (
-            {"logits_processor": [Recorder()], "policy": policies.groupwise(2)},
-            "tokens of one group do not read each other",
+            {"logits_processor": [Recorder()], "policy": policies.dynamic()},
+            "logits_processor needs text that grows from left to right",
         ),
         ({"logits_processor": Recorder()}, "logits_processor must be a list of processors"),
     ],

@@ -150,12 +150,14 @@ def test_no_fill_begins_or_ends_inside_a_character(infiller, byte_tokenizer, tex
         assert byte_tokenizer.decode(found.ids) == found.text
 
 
-def test_characters_of_several_tokens_are_filled_from_left_to_right_alone(infiller):
+def test_characters_of_several_tokens_are_filled_from_left_to_right_alone(infiller, byte_tokenizer):
     generators = [torch.Generator().manual_seed(seed) for seed in range(60)]
-    drawn = infiller(["___"] * 60, length=4, generator=generators)
-    assert any(ord(letter) > 0x7F for found in drawn for letter in found.text)
-    grouped = infiller(["___"] * 60, length=4, group_size=2, generator=generators)
-    assert all(ord(letter) < 0x80 for found in grouped for letter in found.text)
+    for size in (1, 2):  # the members of a group are drawn in turn
+        drawn = infiller(["___"] * 60, length=4, group_size=size, generator=generators)
+        assert any(ord(letter) > 0x7F for found in drawn for letter in found.text)
+        assert all(byte_tokenizer.decode(found.ids) == found.text for found in drawn)
+    anywhere = infiller(["___"] * 60, length=4, policy=policies.dynamic(), generator=generators)
+    assert all(ord(letter) < 0x80 for found in anywhere for letter in found.text)
 
 
 def test_a_greedy_fill_is_the_likeliest_allowed_token_at_each_step(infiller):

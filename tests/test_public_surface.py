@@ -60,6 +60,8 @@ OPTIONS = {
         "--eval-every",
         "--eval-documents",
         "--mixture",
+        "--coupling",
+        "--coupling-only",
         "--training",
         "--streaming",
         "--plan",

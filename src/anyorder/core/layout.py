@@ -265,6 +265,38 @@ class Layout:
     """(B, S) int64: the column of the token at each rank."""
     key_positions: Tensor
     """(B, S) int64: its position within its document."""
+    ranks: Tensor
+    """(B, T) int64: the rank of each column in generation order."""
+    group_starts: Tensor
+    """(B, T) int64: the rank at which its group starts."""
+
+    def earlier(self, window: int) -> tuple[Tensor, Tensor]:
+        """The members of each column's own group before it, the nearest in generation order first.
+
+        Returns:
+            (B, T, window) int64 columns, and how far to the left of the column each stands; 0 where there is none.
+        """
+        rank = self.ranks[..., None] - torch.arange(1, window + 1, device=self.ranks.device)
+        there = (rank >= self.group_starts[..., None]) & (self.logit_rows >= 0)[..., None]
+        S = self.key_columns.shape[1]
+        columns = self.key_columns.gather(1, rank.clamp(0, S - 1).flatten(1)).view(rank.shape)
+        own = torch.arange(self.ranks.shape[1], device=self.ranks.device)[:, None]
+        return columns.masked_fill(~there, 0), (own - columns).masked_fill(~there, 0)
+
+    @property
+    def taught(self) -> Tensor:
+        """(B, T) int64: the content row that stands where the base model stands when it predicts the column, given all
+        that the column's own prediction may read and the members of its group before it; -1 where there is none.
+
+        That is the row of the left neighbour, where it comes just before in generation order and reads all of its left
+        context and nothing else, every row that it reads doing the same.
+        """
+        left = self.ranks - 1
+        own = torch.arange(self.ranks.shape[1], device=self.ranks.device)
+        row = left.clamp(0, self.rows.content_count - 1)
+        there = (self.logit_rows >= 0) & (self.logit_rows != left) & (left >= 0)
+        there &= self.key_columns.gather(1, row) == own - 1
+        return row.masked_fill(~(there & self.rows.frozen.gather(1, row)), -1)
 
 
 def lay_out(input_ids: Tensor, factorization: Factorization, recipe: str) -> Layout:
@@ -287,7 +319,8 @@ def lay_out(input_ids: Tensor, factorization: Factorization, recipe: str) -> Lay
     logit_rows = torch.where(free, group_start - 1, S + place).masked_fill(~predicted, -1)
     key_columns = arrangement.columns[:, :S]
     key_positions = key_columns - arrangement.starts.gather(1, key_columns)
-    return Layout(join(content, query), logit_rows, key_columns, key_positions)
+    ranks = arrangement.ranks[:, :T]
+    return Layout(join(content, query), logit_rows, key_columns, key_positions, ranks, group_start)
 
 
 def compact(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:

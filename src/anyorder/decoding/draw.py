@@ -33,14 +33,17 @@ class Evaluated:
     hi: Tensor
     """(N,) int64: the rank up to which each reads."""
     logits: Tensor
-    """(N, V) float32, the model's own."""
+    """(N, V) float32, the model's own, of each position alone."""
+    hidden: Tensor | None = None
+    """(N, E) hidden states, where members of a group are coupled."""
 
     def take(self, chosen: Tensor) -> Evaluated:
         """Those where (N,) bool `chosen`."""
         if bool(chosen.all()):
             return self
-        logits = self.logits[chosen.to(self.logits.device)]
-        return Evaluated(self.row[chosen], self.column[chosen], self.hi[chosen], logits)
+        at = chosen.to(self.logits.device)
+        hidden = None if self.hidden is None else self.hidden[at]
+        return Evaluated(self.row[chosen], self.column[chosen], self.hi[chosen], self.logits[at], hidden)
 
     def log_probs(self, token: Tensor) -> Tensor:
         """(N,) float32 on the CPU: log p of (N,) tokens under the model itself, in nats."""
@@ -108,6 +111,11 @@ class Drawer:
         self.sampler, self.blank_constraints = sampler, blank_constraints
         self.forced = None if forced is None else forced.cpu()
         self.logits_processor, self.records = logits_processor, records
+
+    @property
+    def looks_at_tokens(self) -> bool:
+        """Whether what may be drawn somewhere depends on what was drawn elsewhere, so that a group is drawn in turn."""
+        return self.blank_constraints is not None or self.logits_processor is not None
 
     def processed(self, found: Evaluated, visible: Visible) -> Tensor:
         """(N, V) logits after the sampler's settings, which may look at the tokens that each prediction reads.

@@ -22,6 +22,7 @@ from torch import Tensor
 from anyorder.core.factorization import ABSENT, Factorization
 from anyorder.core.layout import Arrangement, compact, join
 from anyorder.decoding.draw import NOT_FORCED, Drafts, Drawer, Evaluated, Visible
+from anyorder.decoding.groups import Drawn, First, draw_at_once, draw_in_turn
 from anyorder.decoding.stopping import EndRule
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.runner import ModelRunner
@@ -137,6 +138,7 @@ class Run:
         self.forwards = 0
         self.common_forwards = 0
         self.capacity = runner.capacity(self.ids.shape[1])
+        self.is_coupled = runner.model.coupling is not None
         self.encode_anew()
 
     def encode_anew(self) -> None:
@@ -206,8 +208,11 @@ class Run:
 
     def logits(self, hidden: Tensor, row: Tensor, source: Tensor) -> Tensor:
         """(N, V) float32 of some rows of a forward, the model's own."""
+        return self.runner.logits(self._rows_of(hidden, row, source)).float()
+
+    def _rows_of(self, hidden: Tensor, row: Tensor, source: Tensor) -> Tensor:
         row = torch.searchsorted(self.stored, row)
-        return self.runner.logits(hidden[row.to(hidden.device), source.to(hidden.device)]).float()
+        return hidden[row.to(hidden.device), source.to(hidden.device)]
 
     def evaluate(self, queries: Queries, hidden: Tensor, source: Tensor) -> Evaluated:
         """The positions that are asked for, with the model's logits.
@@ -218,12 +223,17 @@ class Run:
             source: (B, Q) int64: the row of `hidden` that predicts each of them.
         """
         row, _ = queries.used.nonzero(as_tuple=True)
-        logits = self.logits(hidden, row, source[queries.used])
-        return Evaluated(row, queries.columns[queries.used], queries.hi[queries.used], logits)
+        states = self._rows_of(hidden, row, source[queries.used])
+        logits = self.runner.logits(states).float()
+        coupled = states if self.is_coupled else None
+        return Evaluated(row, queries.columns[queries.used], queries.hi[queries.used], logits, coupled)
 
-    def draw(self, found: Evaluated, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) tokens on the CPU, and (N, V) processed logits, with (B, T) random numbers: see `draw.Drawer`."""
-        return self.drawer.draw(found, uniforms[found.row, found.column], Visible(self.ids, self.tokens.ranks))
+    def draw(self, found: Evaluated, uniforms: Tensor, first: First | None = None) -> Drawn:
+        """Tokens with (B, T) random numbers, of one group a row; see `groups` for `first`."""
+        uniform, visible = uniforms[found.row, found.column], Visible(self.ids, self.tokens.ranks)
+        if not len(found.row) or not (self.is_coupled or self.drawer.looks_at_tokens):
+            return draw_at_once(self.drawer, found, uniform, visible)
+        return draw_in_turn(self.runner, self.drawer, found, uniform, visible, first)
 
     def verify(self, found: Evaluated, queries: Queries, drafts: Drafts) -> tuple[Tensor, Tensor]:
         """(B,) how many drafts are accepted, and (B,) the token behind them: see `draw.Drawer`."""

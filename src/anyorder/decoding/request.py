@@ -225,14 +225,13 @@ def end_ids(model: AnyOrderPreTrainedModel) -> list[int]:
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-def check_left_to_right(name: str, factorization: Factorization, policy: Policy, one_by_one: bool = False) -> None:
+def check_left_to_right(name: str, factorization: Factorization, policy: Policy) -> None:
     """Raise ValueError unless text grows from left to right.
 
     Args:
         name: of the option that needs it.
         factorization: what `prepare` made.
         policy: that works on it.
-        one_by_one: whether each token must be predicted from all on its left, too.
     """
     if not policy.keeps_order:
         raise ValueError(f"{name} needs text that grows from left to right, but {policy!r} chooses its own order")
@@ -241,11 +240,6 @@ def check_left_to_right(name: str, factorization: Factorization, policy: Policy,
     rises = ids.diff(dim=1).where(present[:, 1:], 1)
     if not bool(in_front.all()) or bool((rises < 0).any()):
         raise ValueError(f"{name} needs text that grows from left to right; this factorization has another order")
-    if one_by_one and bool(((rises == 0) & (ids[:, 1:] >= 0)).any()):
-        raise ValueError(
-            f"{name} reads all that is on the left of a token, and tokens of one group do not read each other: choose "
-            "groups of one, or policies.speculative()"
-        )
 
 
 def _new_tokens(options: Options, columns: int) -> int:
@@ -320,7 +314,7 @@ def _processors(options: Options, factorization: Factorization, policy: Policy) 
         return None
     if not isinstance(options.logits_processor, Sequence):
         raise ValueError(f"logits_processor must be a list of processors, got {options.logits_processor!r}")
-    check_left_to_right("logits_processor", factorization, policy, one_by_one=True)
+    check_left_to_right("logits_processor", factorization, policy)
     return LogitsProcessorList(options.logits_processor)
 
 

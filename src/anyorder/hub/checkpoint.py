@@ -5,6 +5,7 @@ the weights of the base:
     adapter_config.json         PEFT's
     adapter_model.safetensors   PEFT's
     query_embedding.safetensors w
+    coupling.safetensors        of the tokens of a group, where the model has one
 
 The base is loaded by its name and known again by a fingerprint of its weights. Of a path only the last part is kept.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
@@ -30,14 +32,16 @@ from anyorder.model import adapters
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.configuration import AnyOrderConfig, hub_arguments, of_any_repository
 from anyorder.model.conversion import convert, left_as_it_was_if_refused
+from anyorder.model.coupling import Coupling
 
 Model = TypeVar("Model", bound=AnyOrderPreTrainedModel)
 
 QUERY_FILE = "query_embedding.safetensors"
+COUPLING_FILE = "coupling.safetensors"
 
 
 def save_adapted(model: AnyOrderPreTrainedModel, directory: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Write the four files; with a gathered `state_dict`, of a model whose parameters are split over processes."""
+    """Write the files; with a gathered `state_dict`, of a model whose parameters are split over processes."""
     config, wrapped, query_embedding = model.config, None, model.query_embedding
     if state_dict is not None:
         wrapped = {n.removeprefix("causal_lm."): t for n, t in state_dict.items() if n.startswith("causal_lm.")}
@@ -45,6 +49,11 @@ def save_adapted(model: AnyOrderPreTrainedModel, directory: Path, state_dict: di
     adapters.save(model.causal_lm, directory, (config.base or {}).get("name"), wrapped)
     query = {"query_embedding": query_embedding.detach().contiguous()}
     save_file(query, directory / QUERY_FILE, metadata={"format": "pt"})
+    if model.coupling is not None:
+        prefix = "coupling."
+        whole = model.state_dict() if state_dict is None else state_dict
+        parts = {n.removeprefix(prefix): t.contiguous() for n, t in whole.items() if n.startswith(prefix)}
+        save_file(parts, directory / COUPLING_FILE, metadata={"format": "pt"})
     config.save_pretrained(directory)
     share_weights(directory)
 
@@ -59,14 +68,33 @@ def share_weights(directory: Path) -> None:
         file.chmod(stat.S_IMODE(mode))
 
 
-def read_weights(model: AnyOrderPreTrainedModel, adapter_file: Path, query_file: Path) -> None:
-    """Read what `save_adapted` wrote into a model that has such an adapter; ValueError if it does not fit."""
-    adapters.load(model.causal_lm, adapter_file)
-    query = load_file(query_file)["query_embedding"]
-    own = model.query_embedding.data
-    own.copy_(
-        distribute_tensor(query.to(own.dtype), own.device_mesh, own.placements) if isinstance(own, DTensor) else query
-    )
+def read_weights(model: AnyOrderPreTrainedModel, find: Callable[[str], Path]) -> None:
+    """Read what `save_adapted` wrote into a model that has such an adapter.
+
+    Args:
+        model: with the adapter, and the coupling if there is one.
+        find: the path of a file of the checkpoint by its name.
+
+    Raises:
+        ValueError: if a file does not fit the model.
+    """
+    adapters.load(model.causal_lm, find(adapters.WEIGHTS_FILE))
+    _fill(model.query_embedding, load_file(find(QUERY_FILE))["query_embedding"])
+    if model.coupling is None:
+        return
+    file = find(COUPLING_FILE)
+    found, own = load_file(file), dict(model.coupling.named_parameters())
+    if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        raise ValueError(f"{file} does not fit the model: its coupling is {model.config.coupling}")
+    for name, parameter in own.items():
+        _fill(parameter, found[name])
+
+
+def _fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy values into a parameter, of which each of several processes may hold a part."""
+    own = parameter.data
+    whole = values.to(own.dtype)
+    own.copy_(distribute_tensor(whole, own.device_mesh, own.placements) if isinstance(own, DTensor) else whole)
 
 
 def load_converted(cls: type[Model], load_whole: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,9 +159,8 @@ def load_adapted(cls: type[Model], source: Any, config: AnyOrderConfig, base_mod
     name = base_model if base_model is not None else origin.get("name")
     if name is None:
         raise ValueError(f"{source} does not say which model it was trained on: pass base_model=")
-    files = {
-        file: Path(cached_file(source, file, **hub_arguments(kwargs))) for file in (adapters.WEIGHTS_FILE, QUERY_FILE)
-    }
+    names = [adapters.WEIGHTS_FILE, QUERY_FILE] + [COUPLING_FILE] * (config.coupling is not None)
+    files = {file: Path(cached_file(source, file, **hub_arguments(kwargs))) for file in names}
     attention = kwargs.pop("attn_implementation", "sdpa")
     quantization = kwargs.pop("quantization_config", None)  # applied last: a quantised base has another fingerprint
     if isinstance(name, (str, os.PathLike)):
@@ -148,7 +175,9 @@ def load_adapted(cls: type[Model], source: Any, config: AnyOrderConfig, base_mod
         raise ValueError(f"{error}{way_out(name)}") from None
     with left_as_it_was_if_refused(causal_lm):
         model = convert(cls, causal_lm, config.recipe, adapters.Adapter.from_dict(config.adapter), attention)
-        read_weights(model, files[adapters.WEIGHTS_FILE], files[QUERY_FILE])
+        if config.coupling is not None:
+            model.couple(Coupling.from_dict(config.coupling))
+        read_weights(model, files.__getitem__)
     model.config.base = config.base
     model.config.length_prior = config.length_prior
     model = model.to(causal_lm.dtype).eval()

@@ -123,7 +123,7 @@ class TokenRules:
                     continue
                 automaton: TokenAutomaton | None = self._automata.of(kind, e.eats_space[k], self.suppressed)
                 edges, one_line = self._blanks.edges(template, k), self._one_line(template)
-                if automaton is None and keeps_order and bool((order.group_ids[row, list(columns)].diff() > 0).all()):
+                if automaton is None and keeps_order and bool((order.group_ids[row, list(columns)].diff() >= 0).all()):
                     automaton = self._automaton(edges, one_line)
                 if automaton is not None:
                     bound.append(BlankConstraint(row, columns, automaton))

@@ -23,6 +23,7 @@ from anyorder.core.validation import fitting_ids, left_to_right
 from anyorder.model import adapters, attention
 from anyorder.model.compatibility import check_config, check_model, context_length
 from anyorder.model.configuration import AnyOrderConfig
+from anyorder.model.coupling import Coupling, GroupCoupling
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.model.lm_head import Predictions, Predictor
 
@@ -40,6 +41,7 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
     Attributes:
         causal_lm: the wrapped Hugging Face model itself, usable as such.
         query_embedding: (E,) parameter w, from which a query row starts where its left neighbour is unknown.
+        coupling: what makes the tokens of a group know each other; None: nothing.
     """
 
     config_class = AnyOrderConfig
@@ -64,6 +66,9 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         self.causal_lm.set_attn_implementation(attention.NAME)
         embedding = causal_lm.get_input_embeddings()
         self.query_embedding = nn.Parameter(embedding.weight.new_zeros(embedding.weight.shape[1]))
+        self.coupling: GroupCoupling | None = None
+        if config.coupling is not None:
+            self.couple(Coupling.from_dict(config.coupling))
         self.post_init()
 
     @classmethod
@@ -116,6 +121,18 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
     @property
     def recipe(self) -> str:
         return self.config.recipe
+
+    def couple(self, coupling: Coupling) -> None:
+        """Add a coupling of groups, which changes nothing until it is trained.
+
+        Raises:
+            ValueError: if the model has one, or its head is no layer of weights.
+        """
+        if self.coupling is not None:
+            raise ValueError(f"the model has a coupling of its own, {self.config.coupling}: train that one")
+        head, embedding = (cast(Tensor, of().weight) for of in (self.get_output_embeddings, self.get_input_embeddings))
+        self.coupling = GroupCoupling(head.shape[1], embedding.shape[1], coupling).to(embedding.device)
+        self.config.couple(dataclasses.asdict(coupling))
 
     def hidden_rows(self, rows: Rows, key_positions: Tensor, store: KeyValueStore | None = None) -> Tensor:
         """The one forward: (B, R, E) final hidden states of the rows.
@@ -173,19 +190,57 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         """(N, E) hidden states -> (N, V) logits, by the base model's own head."""
         return self.predictor.logits(hidden)
 
-    def predictions(self, input_ids: Tensor, factorization: Factorization) -> Predictions:
-        """Hidden states of the rows that predict something, from one forward."""
-        layout = self.lay_out(input_ids, factorization)
+    def predictions(self, input_ids: Tensor, factorization: Factorization, taught: bool = False) -> Predictions:
+        """Hidden states of the rows that predict something, from one forward; those of later members of a group know
+        the members before them, if the model is coupled.
+
+        Args:
+            input_ids: (B, T) int64.
+            factorization: of the same shape.
+            taught: with those of the base model's own rows, where a gated adapter leaves any.
+        """
+        ids = self.check_input(input_ids, factorization)
+        layout = lay_out(ids, factorization, self.recipe)
         predicted = layout.logit_rows >= 0
         row, _ = predicted.nonzero(as_tuple=True)
-        place = layout.logit_rows[predicted]
-        if torch.is_grad_enabled() and (self.config.adapter or {}).get("kind") == "gated":
+        place, hidden, where = layout.logit_rows[predicted], None, None
+        gated = (self.config.adapter or {}).get("kind") == "gated"
+        if torch.is_grad_enabled() and gated:
             hidden, where = self._frozen_rows_first(layout)
             place = where[row, place]
         else:
             hidden = self.hidden_rows(layout.rows, layout.key_positions)
-        chosen = hidden[row.to(hidden.device), place.to(hidden.device)]
-        return Predictions(chosen, predicted.to(hidden.device))
+        device = hidden.device
+        chosen = hidden[row.to(device), place.to(device)]
+        if self.coupling is not None:
+            chosen = self._coupled(chosen, ids, layout, predicted)
+        found = Predictions(chosen, predicted.to(device))
+        if not taught or not gated or adapters.is_split(self):
+            return found
+        own = layout.taught[predicted]
+        has, place = own >= 0, own[own >= 0]
+        place = place if where is None else where[row[has], place]
+        teacher = hidden[row[has].to(device), place.to(device)].detach()
+        return dataclasses.replace(found, taught=has.to(device), teacher=teacher)
+
+    def _coupled(self, hidden: Tensor, ids: Tensor, layout: Layout, predicted: Tensor) -> Tensor:
+        """(N, E) hidden states of the predictions with the deltas of coupling, teacher-forced."""
+        assert self.coupling is not None
+        columns, distances = layout.earlier(self.coupling.window)
+        members = ids.gather(1, columns.flatten(1)).view(columns.shape)[predicted]
+        distances = distances[predicted]
+        (later,) = (distances > 0).any(dim=1).nonzero(as_tuple=True)
+        if not len(later) and not torch.is_grad_enabled():
+            return hidden
+        device = hidden.device
+        deltas = self.deltas(hidden[later.to(device)], members[later], distances[later])
+        return hidden.index_add(0, later.to(device), deltas)
+
+    def deltas(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
+        """(N, E) what coupling adds to hidden states of members behind the first: see `coupling.GroupCoupling`."""
+        assert self.coupling is not None
+        device = hidden.device
+        return self.coupling(hidden, members.to(device), distances.to(device), self.get_input_embeddings())
 
     def _frozen_rows_first(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """The rows in two forwards, for training: those that the adapter cannot change need no gradient.
@@ -225,6 +280,7 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_only: bool = False,
+        taught: bool = False,
         return_dict: bool | None = None,
         use_cache: bool | None = None,
         past_key_values: None = None,
@@ -239,6 +295,9 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
             num_items_in_batch: what the sum of the losses is divided by, where a step is many forwards; None: the
                 number of labelled predicted positions (as Trainer expects).
             loss_only: with labels, leave out the logits; always so in training.
+            taught: with labels, the loss of a prediction is how far it is from the base model's own of the same token
+                given the same text, KL(base || model) in nats, wherever a gated adapter leaves the base model's row in
+                the forward: in groups from left to right. `token_losses` stay what they are.
             return_dict: False gives the output's values as a tuple, as in transformers.
             use_cache: without effect: all rows of the forward are computed in it, nothing is kept for another.
             past_key_values: must be None.
@@ -260,7 +319,7 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
             raise ValueError("attention_mask is for the default order; a factorization marks padding as absent itself")
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids has {tuple(input_ids.shape)}")
-        found = self.predictions(input_ids, factorization)
+        found = self.predictions(input_ids, factorization, taught and labels is not None)
         output = self._output(found, labels, num_items_in_batch, self.training or loss_only)
         return output.to_tuple() if return_dict is False else output
 
@@ -270,10 +329,10 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         """Logits and losses of predictions: see `forward`."""
         predictor, loss, token_losses = self.predictor, None, None
         if labels is not None:
-            losses = predictor.losses(found, labels)
+            losses, reported = predictor.distilled(found, labels)
             counted = (labels.to(losses.device)[found.where] != -100).sum().clamp(min=1)
             loss = losses.sum() / (counted if num_items_in_batch is None else num_items_in_batch)
-            token_losses = found.spread(losses.detach())
+            token_losses = found.spread(reported)
             if loss_only:
                 return AnyOrderOutput(loss=loss, token_losses=token_losses)
         logits = found.spread(predictor.logits(found.hidden))

@@ -10,9 +10,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from anyorder.core.layout import RECIPES
 from anyorder.model.adapters import Adapter
+from anyorder.model.coupling import Coupling
 
-FORMAT_VERSION = 1
-"""Of what is saved: higher where an older version would read it wrongly."""
+FORMAT_VERSION = 2
+"""Of what is saved: higher where an older version would read it wrongly. 2: with a coupling."""
 
 
 class AnyOrderConfig(PretrainedConfig):
@@ -24,6 +25,7 @@ class AnyOrderConfig(PretrainedConfig):
         adapter: fields of an `adapters.Adapter`, or None: the weights are the model's own.
         base: of an adapter: the base model's `name`, `revision` and `fingerprint`. A name that begins with "./" is that
             of a directory or file, wherever it lies.
+        coupling: fields of a `coupling.Coupling`, or None: the tokens of a group do not know each other.
         length_prior: the weights by which blanks of unknown length are measured (`infill.lengths.LengthPrior`), fitted
             on this model; None: it has none of its own.
         format_version: of the saved config; None: this version's.
@@ -42,6 +44,7 @@ class AnyOrderConfig(PretrainedConfig):
         adapter: dict[str, Any] | None = None,
         base: dict[str, Any] | None = None,
         length_prior: dict[str, float] | None = None,
+        coupling: dict[str, Any] | None = None,
         format_version: int | None = None,
         **kwargs: Any,
     ):
@@ -57,6 +60,8 @@ class AnyOrderConfig(PretrainedConfig):
                 raise ValueError(f"unknown field {name!r} of the config; did you mean {near[0]!r}?")
         if adapter is not None:
             Adapter.from_dict(adapter)
+        if coupling is not None:
+            Coupling.from_dict(coupling)
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
         if isinstance(base_config, dict):
@@ -67,9 +72,14 @@ class AnyOrderConfig(PretrainedConfig):
         self.recipe = recipe
         self.adapter = adapter
         self.base = base
-        self.format_version = FORMAT_VERSION
         self.length_prior = length_prior
+        self.couple(coupling)
         super().__init__(**kwargs)
+
+    def couple(self, coupling: dict[str, Any] | None) -> None:
+        """Say which coupling the model has; without one, older versions can read what is saved."""
+        self.coupling = coupling
+        self.format_version = 1 if coupling is None else FORMAT_VERSION
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The base model's config: where Hugging Face tools look for vocabulary and sizes."""

@@ -81,6 +81,10 @@ class Predictions:
     """(N, E), row by row of the batch, column by column."""
     where: Tensor
     """(B, T) bool on the same device: which tokens they predict."""
+    taught: Tensor | None = None
+    """(N,) bool: those for which the base model's own row is in the same forward; None: not looked for."""
+    teacher: Tensor | None = None
+    """(K, E) hidden states of those rows, in their order."""
 
     def spread(self, values: Tensor) -> Tensor:
         """(B, T, ...): (N, ...) values where they belong, 0 elsewhere."""
@@ -108,6 +112,23 @@ class Predictor:
         chosen = targets.to(found.hidden.device)[found.where]
         return negative_log_likelihoods(self.causal_lm, found.hidden, chosen)
 
+    def distilled(self, found: Predictions, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What is trained on, and the losses: both (N,) float32, in nats, 0 where the target is -100.
+
+        A prediction that is taught is trained on KL(base || model): one token is a sample of the distribution that the
+        base model's own row has whole. Every other is trained on its loss. The head must be frozen.
+        """
+        if found.taught is None or found.teacher is None:
+            losses = self.losses(found, targets)
+            return losses, losses.detach()
+        ids, taught = targets.to(found.hidden.device)[found.where], found.taught
+        alone = negative_log_likelihoods(self.causal_lm, found.hidden[~taught], ids[~taught])
+        apart, losses = _divergences(self.causal_lm, found.hidden[taught], ids[taught], found.teacher)
+        trained, reported = alone.new_zeros(len(ids)), alone.new_zeros(len(ids))
+        trained = trained.index_put((~taught,), alone).index_put((taught,), apart)
+        reported[~taught], reported[taught] = alone.detach(), losses
+        return trained, reported
+
     def log_probs(self, found: Predictions, targets: Tensor) -> Tensor:
         """(B, T) float32: log p of (B, T) target ids, in nats; 0 where nothing is predicted."""
         return found.spread(-self.losses(found, targets).float())
@@ -129,7 +150,7 @@ def negative_log_likelihoods(causal_lm: PreTrainedModel, hidden: Tensor, targets
         if not torch.is_grad_enabled():
             return torch.cat([chunk(states, ids) for states, ids in pairs])
         if hidden.requires_grad and not any(parameter.requires_grad for parameter in head.parameters()):
-            return torch.cat([cast(Tensor, _FrozenHeadLoss.apply(states, ids, causal_lm)) for states, ids in pairs])
+            return torch.cat([_FrozenHeadLoss.apply(states, ids, causal_lm, None)[0] for states, ids in pairs])
         return torch.cat([checkpoint(chunk, states, ids, use_reentrant=False) for states, ids in pairs])
 
     if not hidden.shape[0]:
@@ -148,14 +169,26 @@ def _as_one_call(module: nn.Module, function: Callable[[Tensor], Tensor], inputs
         del module.forward
 
 
+def _divergences(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) KL(teacher || student) of (N, E) hidden states each, and the student's losses, without gradient."""
+    size = CHUNK if hidden.device.type == "cpu" else CHUNK_ON_DEVICE
+    parts = zip(hidden.split(size), targets.split(size), teacher.split(size), strict=True)
+    pairs = [_FrozenHeadLoss.apply(states, ids, causal_lm, base) for states, ids, base in parts]
+    apart, losses = zip(*pairs, strict=True)
+    return torch.cat(apart), torch.cat(losses)
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     """Each loss depends on its own hidden state alone, so its gradient needs no logits once it is made.
 
-    By the logits it is p - 1[target], from one softmax; autograd would keep three more tensors of their size.
+    By the logits it is p - q, q being 1 at the target or the teacher's distribution, from one softmax; autograd would
+    keep three more tensors of their size.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, ids: Tensor, causal_lm: PreTrainedModel) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, ids: Tensor, causal_lm: PreTrainedModel, teacher: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             states = states.detach().requires_grad_()
             logits = logits_of(causal_lm, states)
@@ -165,13 +198,22 @@ class _FrozenHeadLoss(torch.autograd.Function):
         # The greatest p is never 0, so neither is its logarithm lost, as a small target's own would be.
         log_sum = logits.detach().amax(dim=-1).float() - p.amax(dim=-1).log()
         losses = (log_sum - logits.detach().gather(1, target)[:, 0].float()) * counts
-        p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand(len(ids), 1))
+        if teacher is None:
+            trained = losses.clone()
+            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand(len(ids), 1))
+        else:
+            log_q = logits_of(causal_lm, teacher).float().log_softmax(dim=-1)
+            q = log_q.exp()
+            log_p = logits.detach().float() - log_sum[:, None]
+            trained = torch.einsum("nv,nv->n", q, log_q.sub_(log_p)) * counts
+            p -= q
         p *= counts[:, None]
         (gradient,) = torch.autograd.grad(logits, states, p.to(logits.dtype))
         ctx.save_for_backward(gradient)
-        return losses
+        ctx.mark_non_differentiable(losses)
+        return trained, losses
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0][:, None].to(gradient.dtype), None, None
+        return gradient * outputs[0][:, None].to(gradient.dtype), None, None, None

@@ -1,8 +1,9 @@
 """The slow twin: two-stream attention in the paper's notation, for tests and for readers.
 
 One sequence at a time; tokens stay in text order; every mask is a dense N x N table filled by two loops; nothing is
-cached, sorted, packed or shared between the streams but the weights. It runs through the base model's ordinary
-attention with a ready-made 4D mask, so it shares no code with `layout`, `attention` and `cache`.
+cached, sorted, packed or shared between the streams but the weights; coupling is one position at a time. It runs
+through the base model's ordinary attention with a ready-made 4D mask, so it shares no code with `layout`, `attention`
+and `cache`.
 
 Notation (A3, section on two-stream attention): g(i) is the group of position i (0: given), h the content stream, which
 encodes tokens, and g the query stream, which predicts them.
@@ -13,9 +14,10 @@ Shapes: N positions of one sequence (all present), V vocabulary.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.model.coupling import DISTANCES
 
 
 @torch.no_grad()
@@ -62,9 +64,31 @@ def reference_logits(model: AnyOrderPreTrainedModel, tokens: Tensor, groups: lis
         attention_mask=_by_layer_type(model, mask, positions),
         use_cache=False,
     )
-    logits = model.head(output.last_hidden_state[0, N:])
+    hidden = output.last_hidden_state[0, N:]
+    if model.coupling is not None:
+        hidden = torch.stack([_coupled(model, hidden[i], tokens, i, sorted(groups[g[i]])) for i in range(N)])
+    logits = model.head(hidden)
     given = torch.tensor([g[i] == 0 for i in range(N)])
     return logits.masked_fill(given[:, None], 0.0)
+
+
+def _coupled(model: AnyOrderPreTrainedModel, state: Tensor, tokens: Tensor, i: int, group: list[int]) -> Tensor:
+    """h_i + delta_i: i knows the members of its group on its left, the nearest of them; the first knows none."""
+    net = model.coupling
+    assert net is not None
+    before = [j for j in group if j < i][-net.window :]
+    if not before:
+        return state
+
+    def unit(x: Tensor) -> Tensor:
+        return x / (x.pow(2).mean() + 1e-6).sqrt()
+
+    z = net.state.weight @ unit(state) + net.state.bias
+    for j in before:
+        number = next((n for n, bound in enumerate(DISTANCES) if i - j <= bound), len(DISTANCES))
+        z = z + net.members[number] @ unit(model.get_input_embeddings()(tokens[j]))
+    z = nn.functional.silu(net.inner.weight @ nn.functional.silu(z) + net.inner.bias)
+    return state + net.up.weight @ (net.down.weight @ z)
 
 
 def _by_layer_type(model: AnyOrderPreTrainedModel, mask: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:

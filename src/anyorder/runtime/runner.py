@@ -45,6 +45,18 @@ class ModelRunner(ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, V) logits of (N, E) hidden states."""
 
+    def coupled_logits(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
+        """(N, V) logits of (N, E) hidden states, given members of their groups: see `coupling.GroupCoupling`.
+
+        Args:
+            hidden: of members behind the first of their groups.
+            members, distances: (N, M) int64, tokens before each and how far to the left they stand; 0: none.
+        """
+        coupling = self.model.coupling
+        assert coupling is not None
+        M = coupling.window
+        return self.logits(hidden + self.model.deltas(hidden, members[:, :M], distances[:, :M]))
+
     def capacity(self, columns: int) -> int:
         """Ranks that the store of a run over so many columns must have."""
         return columns

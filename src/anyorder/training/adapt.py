@@ -144,10 +144,17 @@ def _model(
     import torch
 
     from anyorder.model.adapters import Adapter
+    from anyorder.model.coupling import Coupling
 
     torch.manual_seed(options.seed)  # the adapter's first factor is random
     more = {} if options.adapter == "none" else {"adapter": Adapter(options.adapter, options.rank)}
     model, tokenizer = load(options, attn_implementation=attention, **more)
+    if model.coupling is None and (options.coupling or options.coupling_only):
+        model.couple(Coupling())
+    if options.coupling_only:
+        model.requires_grad_(False)
+        assert model.coupling is not None
+        model.coupling.requires_grad_(True)
     for parameter in model.parameters():  # small updates vanish in 16 bits; the forward casts
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

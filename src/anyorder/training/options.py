@@ -43,6 +43,11 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument("--adapter", choices=tuple(LEARNING_RATES), default="gated",
                         help="gated (keeps the base model), lora, or none (all weights); default: gated")  # fmt: skip
     parser.add_argument("--rank", type=positive, default=32, metavar="N", help="of the adapter; default: 32")
+    coupling = parser.add_mutually_exclusive_group()
+    coupling.add_argument("--coupling", action="store_true",
+                          help="train with it a coupling, by which the tokens of a group know each other")  # fmt: skip
+    coupling.add_argument("--coupling-only", action="store_true",
+                          help="train only that; everything else stays as it is")  # fmt: skip
     parser.add_argument("--recipe", choices=("exact", "paper"), help="default: exact, or what the model has")
     _add_sizes(parser, positive)
     parser.add_argument("--attn-implementation", choices=("sdpa", "flex_attention"),

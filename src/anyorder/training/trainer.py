@@ -16,12 +16,14 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from anyorder.core.factorization import Factorization
-from anyorder.hub.checkpoint import QUERY_FILE, read_weights
-from anyorder.model.adapters import WEIGHTS_FILE
+from anyorder.hub.checkpoint import read_weights
 from anyorder.training import checkpoints
 from anyorder.training.data import Sequences, Stream, check_workers, collate
 
 logger = logging.getLogger(__name__)
+
+COUPLING_FASTER = 2.0
+"""Its learning rate, of the others'."""
 
 
 class AnyOrderTrainer(Trainer):
@@ -44,6 +46,7 @@ class AnyOrderTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(LiveProgress)
+        self.taught = self.accelerator.unwrap_model(self.model).coupling is not None
         self._regimes = self.train_dataset.curriculum.names
         self._start_counting()
 
@@ -54,6 +57,18 @@ class AnyOrderTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(cast(Sized, train_dataset if train_dataset is not None else self.train_dataset))
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers' own; a coupling, which starts from nothing, learns faster than what stands already."""
+        begun = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        coupling = {id(p) for n, p in (model or self.model).named_parameters() if "coupling." in n}
+        for group in list(optimizer.param_groups) if begun else []:
+            own = [p for p in group["params"] if id(p) in coupling]
+            if own:
+                group["params"] = [p for p in group["params"] if id(p) not in coupling]
+                optimizer.add_param_group(group | {"params": own, "lr": COUPLING_FASTER * group["lr"]})
+        return optimizer
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -61,9 +76,11 @@ class AnyOrderTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean negative log-likelihood, in nats, of the predicted tokens of the whole step."""
+        """Mean negative log-likelihood, in nats, of the predicted tokens of the whole step; of a model with a coupling
+        the distance from its base where that is in the forward (see `AnyOrderForCausalLM.forward`)."""
         order = Factorization(inputs["group_ids"].cpu(), inputs["document_ids"].cpu())
-        named = {"input_ids": inputs["input_ids"], "factorization": order, "labels": inputs["labels"]}
+        named: dict[str, Any] = {"input_ids": inputs["input_ids"], "factorization": order, "labels": inputs["labels"]}
+        named["taught"] = self.taught
         loss, output = super().compute_loss(model, named, True, num_items_in_batch)
         self._count(inputs, output.token_losses)
         return (loss, output) if return_outputs else loss
@@ -126,7 +143,7 @@ class AnyOrderTrainer(Trainer):
             if model.config.adapter is None:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
-                read_weights(model, directory / WEIGHTS_FILE, directory / QUERY_FILE)
+                read_weights(model, directory.joinpath)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -1,7 +1,8 @@
 """What a policy is: which positions are predicted and committed next.
 
 A policy may read logits, never the tokens drawn in the same step: choosing positions by what was drawn would change the
-joint distribution, and the product of group probabilities would no longer be the likelihood.
+joint distribution, and the product of group probabilities would no longer be the likelihood. What a step commits is one
+group; its members are drawn from left to right.
 
 Shapes: B batch, T columns, N evaluated positions, V vocabulary.
 """
@@ -41,7 +42,7 @@ class Policy(ABC):
 
 
 class GroupPolicy(Policy):
-    """A policy whose every step commits some of the positions that it has evaluated, each drawn by itself."""
+    """A policy whose every step commits some of the positions that it has evaluated, as one group."""
 
     reencode: bool = False
     """Whether all finished tokens are encoded anew before each step, as one group; else each keeps its first encoding.
@@ -103,9 +104,9 @@ class GroupScheduler(Scheduler):
 
     def advance(self, queries: Queries, hidden: Tensor, source: Tensor) -> Step:
         run, found = self.run, self._chosen(queries, hidden, source)
-        token, _ = run.draw(found, run.uniforms.draw)
+        drawn = run.draw(found, run.uniforms.draw)
         before = run.known
-        step = run.commit(found.row, found.column, token, found.log_probs(token))
+        step = run.commit(found.row, found.column, drawn.token, drawn.log_prob)
         run.append(run.known & ~before)
         return step
 

@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from anyorder.decoding.draw import Drafts, Evaluated
+from anyorder.decoding.draw import Drafts
 from anyorder.decoding.engine import Queries, Run
+from anyorder.decoding.groups import First
 
 LONGEST_NGRAM = 3
 """Tokens in front of a position that are looked up; shorter ones follow where these are not found."""
@@ -48,7 +49,7 @@ class DraftSource(ABC):
 
 class QueryDrafts(DraftSource):
     """The query stream's own predictions: for each number of drafts that may be accepted, what it would predict for
-    the positions behind the next token, which it cannot see yet."""
+    the positions behind the next token. The rows cannot see it yet; coupled drafts know it, and each other."""
 
     def rows(self, order: Queries, drafts: Drafts, wanted: Tensor) -> list[Queries]:
         most = int(wanted.max())
@@ -81,13 +82,15 @@ class QueryDrafts(DraftSource):
         tokens = torch.zeros_like(columns)
         if not len(row):
             return Drafts.none(B)
-        column = columns[used]
-        evaluated = Evaluated(row, column, hi[used], run.logits(hidden, row, source[used]))
-        tokens[used], logits = run.draw(evaluated, run.uniforms.draft)
+        evaluated = run.evaluate(Queries(columns, used, hi), hidden, source)
+        # The token that this round has drawn, the last one appended, is the first member of the group that they are of.
+        last = run.tokens.columns.gather(1, (run.tokens.counts - 1)[:, None])[:, 0]
+        drawn = run.draw(evaluated, run.uniforms.draft, First(last, run.ids.gather(1, last[:, None])[:, 0]))
+        tokens[used] = drawn.token
         probs = None
         if run.drawer.sampler.do_sample:
-            probs = logits.new_zeros(B, width, logits.shape[1])
-            probs[used.to(probs.device)] = logits.softmax(dim=-1)
+            probs = drawn.processed.new_zeros(B, width, drawn.processed.shape[1])
+            probs[used.to(probs.device)] = drawn.processed.softmax(dim=-1)
         return Drafts(tokens, used.sum(dim=1), probs).trimmed()
 
 

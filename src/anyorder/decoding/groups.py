@@ -1,0 +1,105 @@
+"""Drawing the members of a group one after the other, each knowing those before it.
+
+The forward has evaluated all of them at once; what a member then knows of the others comes by coupling
+(`model.coupling`), where the model has one, and by what looks at tokens: constraints, penalties, processors. No forward
+of the decoder is made here, only products with the head.
+
+Shapes: B batch, T columns, N evaluated positions, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from anyorder.decoding.draw import Drawer, Evaluated, Visible
+from anyorder.decoding.sampling import token_log_probs
+from anyorder.runtime.runner import ModelRunner
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens of evaluated positions, in their order."""
+
+    token: Tensor
+    """(N,) int64 on the CPU."""
+    log_prob: Tensor
+    """(N,) float32 on the CPU: under the model itself, given the members before, in nats."""
+    processed: Tensor
+    """(N, V) logits that they were drawn from."""
+
+
+@dataclass(frozen=True)
+class First:
+    """A member that has been drawn already, of each row."""
+
+    column: Tensor
+    """(B,) int64."""
+    token: Tensor
+    """(B,) int64."""
+
+
+def draw_at_once(drawer: Drawer, found: Evaluated, uniform: Tensor, visible: Visible) -> Drawn:
+    """Tokens of positions that know nothing of each other: see `Drawer.draw`."""
+    token, processed = drawer.draw(found, uniform, visible)
+    return Drawn(token, found.log_probs(token), processed)
+
+
+def draw_in_turn(
+    runner: ModelRunner,
+    drawer: Drawer,
+    found: Evaluated,
+    uniform: Tensor,
+    visible: Visible,
+    first: First | None = None,
+) -> Drawn:
+    """Tokens of groups, one group a row.
+
+    Args:
+        runner: makes logits of members that are coupled to those before them.
+        drawer: draws.
+        found: the members, row by row; each row's in the order in which they are drawn. With their hidden states, if
+            the model is coupled.
+        uniform: (N,) float64 in [0, 1), one a position.
+        visible: what else they may look at.
+        first: the first member of each row's group, if it was drawn before; its rank is the one behind those that
+            `found` reads.
+    """
+    row = found.row
+    offset = torch.arange(len(row))
+    begins = torch.ones(len(row), dtype=torch.bool)
+    begins[1:] = row[1:] != row[:-1]
+    place = offset - (offset * begins).cummax(dim=0).values
+    known = 0 if first is None else 1
+    members = torch.zeros(2, len(visible.ids), known + int(place.max()) + 1, dtype=torch.int64)  # columns and tokens
+    if first is not None:
+        members[0, :, 0], members[1, :, 0] = first.column, first.token
+    visible = Visible(visible.ids.clone(), visible.ranks.clone())
+    token, log_prob = torch.zeros_like(row), torch.zeros(len(row))
+    processed = torch.empty_like(found.logits)
+    for number in range(known, members.shape[2]):
+        chosen = place == number - known
+        one = found.take(chosen)
+        one = replace(one, hi=one.hi + number)
+        if one.hidden is not None and number:
+            before = members[:, one.row, :number].flip(2)
+            one = replace(one, logits=_coupled(runner, one, before[0], before[1]))
+        drawn, own = drawer.draw(one, uniform[chosen], visible)
+        token[chosen] = drawn
+        log_prob[chosen] = token_log_probs(one.logits, drawn.to(one.logits.device)).cpu()
+        processed[chosen.to(processed.device)] = own
+        members[0, one.row, number], members[1, one.row, number] = one.column, drawn
+        visible.ids[one.row, one.column], visible.ranks[one.row, one.column] = drawn, one.hi
+    return Drawn(token, log_prob, processed)
+
+
+def _coupled(runner: ModelRunner, found: Evaluated, columns: Tensor, tokens: Tensor) -> Tensor:
+    """(N, V) float32 logits given the members before each, (N, M) columns and tokens, the last drawn first.
+
+    Members on the right, as drafts of other orders have them, say nothing.
+    """
+    assert found.hidden is not None
+    distances = (found.column[:, None] - columns).clamp(min=0)
+    return runner.coupled_logits(found.hidden, tokens, distances).float()

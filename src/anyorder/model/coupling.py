@@ -1,0 +1,123 @@
+"""Coupling: the chain rule inside a group, without another forward of the decoder.
+
+The tokens of one group are predicted by rows that do not see each other. Coupling lets each member of a group after the
+first know the members before it:
+
+    log P(G) = sum_j log p(x_j | all that is visible, x_0, ..., x_{j-1}),   logits_j = head(h_j + delta_j),   j > 0
+
+h_j is the hidden state of the row that predicts the j-th member, computed once for the whole group; delta_j is a small
+network of h_j and of the last few members before it with their distances. The first member of a group is left alone,
+not given a delta of zero: groups of one, left-to-right text, the rows that verify drafts and the cache are what they
+are without coupling, bit for bit.
+
+Relatives: the sampler head of arXiv 2507.11851, Hydra (arXiv 2402.05109).
+
+This module knows hidden states, embeddings and distances; which tokens stand before which is the layout's business.
+
+Shapes: N members of groups, M members before each that it may look at, E hidden size, W width, r rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DISTANCES = (1, 2, 3, 4, 8, 16, 64)
+"""Tokens so far away or nearer share their weights, from the next smaller number on; those farther away the last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupling:
+    """The size of a coupling.
+
+    Args:
+        width: of the network's two hidden layers.
+        rank: of the delta: it is U z with z of so many numbers, so that of a linear head W the product W U, made once,
+            is all that a member after the first costs.
+        window: members before each that it looks at, the nearest.
+
+    Raises:
+        ValueError: naming the value that cannot be meant.
+    """
+
+    width: int = 1024
+    rank: int = 256
+    window: int = 7
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field.name} of a coupling must be a whole number, at least 1, got {value!r}")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Coupling:
+        """The coupling of a saved config; ValueError for a field that this version does not know."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(fields.keys() - set(known))
+        if unknown:
+            raise ValueError(
+                f"the coupling has fields that this version does not know ({', '.join(unknown)}); known: "
+                f"{', '.join(known)}; a newer anyorder may have written them"
+            )
+        return cls(**fields)
+
+
+class GroupCoupling(nn.Module):
+    """The network that makes deltas; zero until it is trained.
+
+    Args:
+        hidden_size: E, of the hidden states that the head takes.
+        embedding_size: of the token embeddings.
+        coupling: its size.
+    """
+
+    def __init__(self, hidden_size: int, embedding_size: int, coupling: Coupling):
+        super().__init__()
+        self.window = coupling.window
+        self.state = nn.Linear(hidden_size, coupling.width)
+        self.members = nn.Parameter(torch.empty(len(DISTANCES) + 1, coupling.width, embedding_size))
+        self.inner = nn.Linear(coupling.width, coupling.width)
+        self.down = nn.Linear(coupling.width, coupling.rank, bias=False)
+        self.up = nn.Linear(coupling.rank, hidden_size, bias=False)
+        nn.init.uniform_(self.members, -(embedding_size**-0.5), embedding_size**-0.5)  # as a linear layer begins
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N, E) deltas, in the dtype of the hidden states.
+
+        Args:
+            hidden: (N, E) final hidden states, of the rows that predict the members.
+            ids: (N, M) int64, the members before each.
+            distances: (N, M) int64, how far to the left each of them stands; 0: there is none.
+            embed: (n,) ids -> (n, embedding size).
+        """
+        return self.up(self.code(hidden, ids, distances, embed)).to(hidden.dtype)
+
+    def code(self, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N, r) z, of which the deltas are U z; in the dtype of the weights."""
+        x = self.state(_unit(hidden, self.state.weight.dtype))
+        for number, rows, places in _by_distance(distances):
+            members = _unit(embed(ids[rows, places]), self.members.dtype)
+            x = x.index_add(0, rows, nn.functional.linear(members, self.members[number]).to(x.dtype))
+        x = nn.functional.silu(self.inner(nn.functional.silu(x)))
+        return self.down(x)
+
+
+def _by_distance(distances: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Numbers of weights, and the members (which row, which place) that they are for; one at least, for gradients."""
+    bounds = torch.tensor(DISTANCES, device=distances.device)
+    numbers = torch.bucketize(distances, bounds).masked_fill(distances == 0, -1)
+    for number in sorted({0, *numbers.unique().tolist()} - {-1}):
+        rows, places = (numbers == number).nonzero(as_tuple=True)
+        yield number, rows, places
+
+
+def _unit(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same directions with a root mean square of 1: families scale states and embeddings as they like."""
+    vectors = vectors.float()
+    return (vectors * (vectors.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()).to(dtype)

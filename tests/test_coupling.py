@@ -1,0 +1,256 @@
+"""Coupled groups: likelihoods stay exact, what is drawn is what is scored, and nothing else changes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from anyorder import AnyOrderForCausalLM, Factorization, policies
+from anyorder.model.coupling import Coupling
+from anyorder.model.reference import reference_logits
+from architectures import ARCHITECTURES, RECIPES, VOCABULARY, converted, couple, coupled, gated
+from decoding_runs import IDS, T, generator, p_value, repeated, run
+from factorizations import groups_of, of_every_constructor, rows
+
+THREE = torch.tensor(list(itertools.product(range(3), repeat=4)))
+GROUPS = {
+    "left to right": Factorization.left_to_right(5, group_size=4),
+    "scattered": Factorization.from_groups([[0, 3], [1, 4, 6], [2, 5]]),
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", of_every_constructor(5))
+def test_probabilities_sum_to_one(architecture, recipe, name):
+    model, order = coupled(architecture, recipe, vocabulary=3), of_every_constructor(5)[name]
+    ids = torch.cat([torch.zeros(81, 1, dtype=torch.int64), THREE], dim=1)
+    total = model.log_likelihood(ids, Factorization.stack([order] * 81)).sum(dim=1).exp().double()
+    for fixed in {tuple(row) for row in ids[:, ~order.is_predicted[0]].tolist()}:
+        same = (ids[:, ~order.is_predicted[0]] == torch.tensor(fixed)).all(dim=1)
+        assert abs(float(total[same].sum()) - 1) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_slow_twin_agrees(architecture, recipe):
+    model = coupled(architecture, recipe)
+    for order in of_every_constructor(T).values():
+        if not bool(order.is_present.all()):
+            continue
+        logits = model(IDS[:1], order).logits[0]
+        torch.testing.assert_close(logits, reference_logits(model, IDS[0], groups_of(order)), atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", RECIPES)
+@given(part=rows(max_length=T), architecture=st.sampled_from(ARCHITECTURES))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_first_members_are_what_they_are_without_it_bit_for_bit(recipe, part, architecture):
+    with_it, without = coupled(architecture, recipe), converted(architecture, recipe)
+    ids = IDS[:1, : part.length]
+    ours, plain = with_it(ids, part).logits[0], without(ids, part).logits[0]
+    groups = part.group_ids[0].tolist()
+    first = torch.tensor([g >= 0 and g not in groups[:i] for i, g in enumerate(groups)])
+    assert torch.equal(ours[first], plain[first])
+    later = torch.tensor([g >= 0 and g in groups[:i] for i, g in enumerate(groups)])
+    assert not bool(later.any()) or not torch.equal(ours[later], plain[later])
+    alone = part.regroup(1)
+    assert torch.equal(with_it(ids, alone).logits, without(ids, alone).logits)
+
+
+@torch.no_grad()
+@given(part=rows(min_length=3, max_length=T), data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_member_sees_itself_or_a_later_one(part, data):
+    model, ids = coupled(data.draw(st.sampled_from(["llama", "gemma2", "gpt2"]))), IDS[:1, : part.length].clone()
+    order = part.group_ids[0] * part.length + torch.arange(part.length)
+    predicted = part.is_predicted[0].nonzero()[:, 0].tolist()
+    if not predicted:
+        return
+    i = data.draw(st.sampled_from(predicted))
+    before = model(ids, part).logits
+    ids[0, i] = (ids[0, i] + 1 + data.draw(st.integers(0, VOCABULARY - 2))) % VOCABULARY
+    unseen = part.is_predicted[0] & (order <= order[i])
+    assert torch.equal(model(ids, part).logits[0, unseen], before[0, unseen])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@given(
+    parts=st.lists(rows(max_length=T), min_size=1, max_size=3),
+    architecture=st.sampled_from(ARCHITECTURES),
+    greedy=st.booleans(),
+    policy=st.sampled_from([policies.groupwise(), policies.dynamic("entropy", step_size=3), policies.groupwise(4)]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_cached_is_parallel_and_batch_is_single(recipe, parts, architecture, greedy, policy):
+    model, order = coupled(architecture, recipe), Factorization.stack(parts)
+    ids = IDS[: len(parts), : order.length]
+    drawn = {} if greedy else {"generator": [generator(b) for b in range(len(parts))], "temperature": 0.7}
+    output = run(model, ids, order, policy=policy, **drawn)
+    took = Factorization(output.steps)
+    torch.testing.assert_close(output.log_probs, model.log_likelihood(output.sequences, took), atol=2e-5, rtol=0)
+    for b, part in enumerate(parts):
+        own = {} if greedy else {"generator": [generator(b)], "temperature": 0.7}
+        alone = run(model, ids[b : b + 1, : part.length], part, policy=policy, **own)
+        assert torch.equal(alone.sequences[0], output.sequences[b, : part.length])
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_sampled_groups_are_distributed_as_they_are_scored(case):
+    N, order, model = 6_000, GROUPS[case], coupled("llama", vocabulary=4)
+    where = order.is_predicted[0].nonzero()[:, 0]
+    ids = torch.ones(4 ** len(where), order.length, dtype=torch.int64)
+    ids[:, where] = torch.tensor(list(itertools.product(range(4), repeat=len(where))))
+    exact = model.log_likelihood(ids, repeated(order, len(ids))).sum(dim=1).double().exp()
+    alone = converted("llama", vocabulary=4).log_likelihood(ids, repeated(order, len(ids))).sum(dim=1).double().exp()
+    start = torch.ones(N, order.length, dtype=torch.int64)
+    output = run(model, start, repeated(order, N), temperature=1.0, generator=generator(3))
+    base = 4 ** torch.arange(len(where) - 1, -1, -1)
+    counts = torch.bincount((output.sequences[:, where] * base).sum(1), minlength=len(ids))
+    assert p_value(counts, exact * N) > 0.01
+    assert p_value(counts, alone * N) < 1e-6  # and the test would notice
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_coupled_drafts_change_no_distribution(architecture, greedy):
+    model, plain = coupled(architecture, vocabulary=4), converted(architecture, vocabulary=4)
+    order = Factorization.from_groups([[0, 3], [1, 2], [4, 5]])
+    policy = policies.speculative(draft="query", draft_length=3)
+    if greedy:
+        start = torch.ones(1, 6, dtype=torch.int64)
+        ours = run(model, start, order, policy=policy)
+        assert torch.equal(ours.sequences, run(plain, start, order.regroup(1)).sequences)
+        return
+    N, where = 4_000, order.is_predicted[0].nonzero()[:, 0]
+    ids = torch.ones(4**4, 6, dtype=torch.int64)
+    ids[:, where] = torch.tensor(list(itertools.product(range(4), repeat=4)))
+    exact = plain.log_likelihood(ids, repeated(order.regroup(1), len(ids))).sum(dim=1).double().exp()
+    start = torch.ones(N, 6, dtype=torch.int64)
+    output = run(model, start, repeated(order, N), policy=policy, temperature=1.0, generator=generator(5))
+    counts = torch.bincount((output.sequences[:, where] * 4 ** torch.arange(3, -1, -1)).sum(1), minlength=len(ids))
+    assert p_value(counts, exact * N) > 0.01
+
+
+def test_groups_of_one_take_no_product_more(monkeypatch):
+    model = coupled("llama")
+    monkeypatch.setattr(model.coupling, "forward", lambda *a: pytest.fail("asked for a delta"))
+    with torch.no_grad():
+        model(IDS, repeated(Factorization.random(T, group_size=1), 3))
+    run(model, IDS, repeated(Factorization.left_to_right(T), 3))
+    run(model, IDS, repeated(Factorization.left_to_right(T), 3), policy=policies.speculative(draft="ngram"))
+
+
+# ---------------------------------------------------------------------- teacher
+
+
+def test_the_teacher_is_the_base_given_the_same_tokens():
+    model = couple(gated("llama"))
+    for order in (Factorization.left_to_right(T, group_size=4), Factorization.random(T, 3, generator=generator())):
+        found = model.predictions(IDS, repeated(order, 3), taught=True)
+        taught = found.spread(found.taught.float()).bool()
+        columns, groups = torch.arange(T), order.group_ids[0]
+        own = (groups[1:] == groups[:-1]) & (groups[1:] >= 0)
+        visible = torch.tensor(
+            [set(((groups < groups[i]) | ((groups == groups[i]) & (columns < i))).nonzero()[:, 0].tolist()) ==
+             set(range(i)) for i in range(T)]
+        )  # fmt: skip
+        expected = torch.cat([torch.zeros(1, dtype=torch.bool), own]) & visible
+        assert torch.equal(taught, expected.expand(3, T))
+        base = model.causal_lm(input_ids=IDS, use_cache=False).logits
+        teacher = model.predictor.logits(found.teacher)
+        torch.testing.assert_close(teacher, base[:, :-1][expected[1:].expand(3, T - 1)], atol=1e-5, rtol=1e-5)
+
+
+def test_the_trained_distance_is_kl_from_the_base_and_its_gradient_autograds():
+    model, order = couple(gated("llama")), repeated(Factorization.left_to_right(T, group_size=4), 3)
+    model.train()
+    found = model.predictions(IDS, order, taught=True)
+    log_p = model.predictor.logits(found.hidden).log_softmax(-1)
+    losses = -log_p.gather(1, IDS[found.where][:, None])[:, 0]
+    log_q = model.predictor.logits(found.teacher).log_softmax(-1)
+    apart = losses.clone()
+    apart[found.taught] = (log_q.exp() * (log_q - log_p[found.taught])).sum(-1)
+    output = model(IDS, order, labels=IDS, taught=True)
+    torch.testing.assert_close(output.loss, apart.mean(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.token_losses[found.where], losses.detach(), atol=1e-5, rtol=0)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(apart.mean(), learning, retain_graph=True)
+    for ours, theirs in zip(torch.autograd.grad(output.loss, learning), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+def test_without_a_frozen_base_nothing_is_taught():
+    model, order = coupled("llama"), repeated(Factorization.left_to_right(T, group_size=4), 3)
+    plain, taught = (model(IDS, order, labels=IDS, taught=flag).loss for flag in (False, True))
+    assert torch.equal(plain, taught)
+
+
+def test_every_parameter_gets_a_gradient_whatever_the_groups():
+    """As DistributedDataParallel demands: a batch of groups of one leaves none out."""
+    model = couple(gated("llama")).train()
+    for order in (Factorization.left_to_right(T), Factorization.random(T, 1, generator=generator())):
+        model.zero_grad()
+        model(IDS, repeated(order, 3), labels=IDS, taught=True).loss.backward()
+        assert all(p.grad is not None for p in model.coupling.parameters())
+
+
+# ---------------------------------------------------------------------- saved and loaded
+
+
+@pytest.mark.parametrize("kind", [None, "gated", "lora"])
+def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
+    from architectures import base_model
+
+    base_model("llama").save_pretrained(tmp_path / "base")
+    model = couple(AnyOrderForCausalLM.from_causal_lm(str(tmp_path / "base"), adapter=kind))
+    model.save_pretrained(tmp_path / "saved")
+    again = AnyOrderForCausalLM.from_pretrained(tmp_path / "saved")
+    order = repeated(Factorization.left_to_right(T, group_size=4), 3)
+    assert torch.equal(model.eval().log_likelihood(IDS, order), again.eval().log_likelihood(IDS, order))
+    assert again.config.coupling == {"width": 24, "rank": 8, "window": 7}
+    if kind == "lora":
+        merged = again.merge_adapter()
+        merged.save_pretrained(tmp_path / "merged")
+        whole = AnyOrderForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(
+            whole.log_likelihood(IDS, order), model.log_likelihood(IDS, order), atol=1e-4, rtol=0
+        )
+
+
+def test_what_older_versions_cannot_read_says_so(tmp_path):
+    model = gated("llama")
+    assert model.config.format_version == 1
+    assert couple(model).config.format_version == 2
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    from architectures import base_model
+
+    base_model("llama").save_pretrained(tmp_path / "base")
+    model = couple(AnyOrderForCausalLM.from_causal_lm(str(tmp_path / "base"), adapter="gated"))
+    model.save_pretrained(tmp_path / "saved")
+    config = tmp_path / "saved" / "config.json"
+    config.write_text(config.read_text().replace('"width": 24', '"width": 16'))
+    with pytest.raises(ValueError, match="coupling.safetensors does not fit the model"):
+        AnyOrderForCausalLM.from_pretrained(tmp_path / "saved")
+    config.write_text(config.read_text().replace('"width": 16', '"height": 16'))
+    with pytest.raises(ValueError, match="fields that this version does not know .height."):
+        AnyOrderForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(("fields", "words"), [({"width": 0}, "width of a coupling"), ({"window": True}, "window")])
+def test_sizes_are_whole_numbers(fields, words):
+    with pytest.raises(ValueError, match=words):
+        Coupling(**fields)
+
+
+def test_a_model_has_one_coupling():
+    with pytest.raises(ValueError, match="has a coupling of its own"):
+        couple(couple(gated("llama")))
