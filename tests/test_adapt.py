@@ -7,10 +7,11 @@ import os
 import signal
 
 import pytest
+import torch
 
 pytest.importorskip("datasets", reason="training needs the train extra")
 
-from anyorder import Infiller, load
+from anyorder import AnyOrderForCausalLM, Infiller, load
 from anyorder.training.heldout import REGIMES, HeldOut
 from anyorder.training.texts import tokenize
 from anyorder.training.trainer import AnyOrderTrainer
@@ -163,6 +164,19 @@ def test_an_adapted_model_is_trained_on(trained_run, stories, tmp_path, capsys):
     assert message in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
     assert not (tmp_path / "fourth").exists()
+
+
+def test_a_coupling_is_added_to_a_finished_model_and_changes_nothing_else(trained_run, stories, tmp_path, capsys):
+    assert adapt(trained_run, stories, tmp_path / "second", "--coupling-only", "--learning-rate", "1e-3") == 0
+    before, after = (AnyOrderForCausalLM.from_pretrained(path) for path in (trained_run, tmp_path / "second"))
+    weights = dict(after.named_parameters())
+    assert all(torch.equal(weights.pop(name), parameter) for name, parameter in before.named_parameters())
+    assert weights
+    assert all(name.startswith("coupling.") for name in weights)
+    assert bool(after.coupling.up.weight.any())
+    with pytest.raises(SystemExit):
+        adapt(trained_run, stories, tmp_path / "third", "--coupling-only", "--coupling")
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_a_model_with_all_weights_trained_is_trained_on(checkpoint, stories, tmp_path, capsys):

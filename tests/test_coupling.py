@@ -254,3 +254,29 @@ def test_sizes_are_whole_numbers(fields, words):
 def test_a_model_has_one_coupling():
     with pytest.raises(ValueError, match="has a coupling of its own"):
         couple(couple(gated("llama")))
+
+
+# ---------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize(
+    ("architecture", "linear"), [("llama", True), ("granite", True), ("gpt2", True), ("gemma2", False)]
+)
+def test_products_are_saved_where_the_head_is_linear_and_nowhere_else(architecture, linear):
+    model = coupled(architecture)
+    found = model.coupling.logits_of_codes(model.head)
+    assert (found is not None) == linear
+    if linear:
+        hidden, code = torch.randn(5, 32, generator=generator()), torch.randn(5, 8, generator=generator(1))
+        expected = model.head(hidden + model.coupling.up(code))
+        torch.testing.assert_close(model.head(hidden) + code @ found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_change_between_two_runs_are_noticed():
+    model = couple(gated("llama"))
+    order = repeated(Factorization.left_to_right(T, group_size=4), 3)
+    for layer in (model.coupling.up, model.get_output_embeddings(), model.coupling.up):
+        output = run(model, IDS, order)
+        expected = model.log_likelihood(output.sequences, order)
+        torch.testing.assert_close(output.log_probs, expected, atol=2e-5, rtol=0)
+        layer.weight.data *= 1.5  # an edit that PyTorch does not count

@@ -45,7 +45,7 @@ def adapt_by_two(checkpoint, stories, output, *more):
 @pytest.mark.parametrize(
     ("adapter", "more"),
     [
-        ("gated", []),
+        ("gated", ["--coupling"]),
         pytest.param("none", [], marks=pytest.mark.slow),
         pytest.param("gated", ["--streaming"], marks=pytest.mark.slow),
     ],

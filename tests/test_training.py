@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anyorder import AnyOrderForCausalLM, Factorization
 from anyorder.model import lm_head as head
 from anyorder.model.adapters import Adapter
+from anyorder.model.coupling import Coupling
 from anyorder.training.curriculum import (
     BUILT_IN,
     Curriculum,
@@ -133,16 +134,21 @@ def losses(run):
 def fresh(adapter, architecture="llama", rank=8, **sizes):
     kinds = {"full": None, "lora": Adapter("lora", rank), "gated": Adapter("gated", rank)}
     torch.manual_seed(0)
-    return AnyOrderForCausalLM.from_causal_lm(base_model(architecture, **sizes), adapter=kinds[adapter])
+    kind = kinds[adapter.removesuffix(", coupled")]
+    model = AnyOrderForCausalLM.from_causal_lm(base_model(architecture, **sizes), adapter=kind)
+    if adapter.endswith(", coupled"):
+        model.couple(Coupling(width=32, rank=16))
+    return model
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("adapter", ["full", "lora", "gated"])
+@pytest.mark.parametrize("adapter", ["full", "lora", "gated", "gated, coupled"])
 def test_interrupted_and_resumed_is_uninterrupted(adapter, tmp_path):
     options = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 3}
-    whole = trainer(tmp_path / "a", fresh(adapter), 6, **options)
+    groups = Curriculum((Stage((LeftToRight((3,)), RandomGroups((1, 3))), (1.0, 1.0)),))
+    whole = trainer(tmp_path / "a", fresh(adapter), 6, groups, **options)
     whole.train()
-    again = trainer(tmp_path / "a", fresh(adapter), 6, **options)
+    again = trainer(tmp_path / "a", fresh(adapter), 6, groups, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert losses(again)[-3:] == losses(whole)[-3:]
     for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
@@ -168,6 +174,23 @@ def test_ten_sentences_are_learned_by_heart_in_random_order(adapter, tmp_path):
     )  # fmt: skip
     run.train()
     assert max(losses(run)[-5:]) < 0.3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["full", "full, coupled"])
+def test_what_a_token_says_of_its_neighbour_is_learned_by_coupled_groups_alone(kind, tmp_path):
+    """The second of each pair follows from the first, which nothing in front of the pair tells."""
+    g, pairs = torch.Generator().manual_seed(1), []
+    for _ in range(1000):
+        first = torch.randint(3, VOCABULARY, (8,), generator=g)
+        ids = torch.stack([first, (first * 5 + 1) % VOCABULARY], dim=1).flatten()
+        pairs.append(TokenDocument(torch.cat([torch.tensor([1]), ids]), Document(17, (1,))))
+    groups = Curriculum((Stage((LeftToRight((2,)),), (1.0,)),))
+    run = trainer(tmp_path, fresh(kind), 100, groups, documents=pairs, length=170,
+                  per_device_train_batch_size=1, learning_rate=5e-3, save_strategy="no")  # fmt: skip
+    run.train()
+    known = sum(losses(run)[-5:]) / 5 < 2.3  # log 34 = 3.5 for each of the two, or for the first alone
+    assert known == kind.endswith("coupled"), losses(run)[-5:]
 
 
 @pytest.mark.filterwarnings("ignore")

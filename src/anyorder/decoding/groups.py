@@ -102,4 +102,4 @@ def _coupled(runner: ModelRunner, found: Evaluated, columns: Tensor, tokens: Ten
     """
     assert found.hidden is not None
     distances = (found.column[:, None] - columns).clamp(min=0)
-    return runner.coupled_logits(found.hidden, tokens, distances).float()
+    return runner.coupled_logits(found.hidden, found.logits, tokens, distances)

@@ -87,6 +87,22 @@ class GroupCoupling(nn.Module):
         nn.init.uniform_(self.members, -(embedding_size**-0.5), embedding_size**-0.5)  # as a linear layer begins
         nn.init.zeros_(self.up.weight)
 
+    @torch.no_grad()
+    def logits_of_codes(self, head: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """(r, V): what each number of z adds to the logits of a head that is linear but for a constant; None for
+        another head, such as one that caps its logits.
+
+        Args:
+            head: (N, E) hidden states -> (N, V) logits.
+        """
+        columns = self.up.weight.detach().t()
+        generator = torch.Generator().manual_seed(0)
+        a, b = (100 * torch.randn(2, columns.shape[1], generator=generator)).to(columns).unbind()
+        zero, far = torch.zeros_like(a), head(torch.stack([torch.zeros_like(a), a, b, a + b])).float()
+        if not torch.allclose(far[3] - far[0], far[1] + far[2] - 2 * far[0], atol=1e-2 * float(far.abs().max())):
+            return None
+        return head(columns) - head(zero[None])
+
     def forward(self, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, E) deltas, in the dtype of the hidden states.
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from torch import Tensor, nn
 from anyorder.core.layout import Rows
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.kv_cache import KeyValueStore
+
+_OF_CODES: WeakKeyDictionary[nn.Module, tuple[list[tuple[object, ...]], Tensor | None]] = WeakKeyDictionary()
+"""Of models: what `_logits_of_codes` was made of, and what it is. It costs as much as the head over r rows."""
 
 
 class ModelRunner(ABC):
@@ -30,6 +35,7 @@ class ModelRunner(ABC):
 
     model: AnyOrderPreTrainedModel
     keeps_batch: bool = False
+    _of_codes: tuple[Tensor | None] | None = None  # once it was looked for
 
     @abstractmethod
     def hidden(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
@@ -45,17 +51,35 @@ class ModelRunner(ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, V) logits of (N, E) hidden states."""
 
-    def coupled_logits(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
-        """(N, V) logits of (N, E) hidden states, given members of their groups: see `coupling.GroupCoupling`.
+    def coupled_logits(self, hidden: Tensor, logits: Tensor, members: Tensor, distances: Tensor) -> Tensor:
+        """(N, V) float32 logits of (N, E) hidden states, given members of their groups: see `coupling.GroupCoupling`.
 
         Args:
             hidden: of members behind the first of their groups.
+            logits: (N, V) float32, of these alone.
             members, distances: (N, M) int64, tokens before each and how far to the left they stand; 0: none.
         """
-        coupling = self.model.coupling
+        coupling, device = self.model.coupling, hidden.device
         assert coupling is not None
-        M = coupling.window
-        return self.logits(hidden + self.model.deltas(hidden, members[:, :M], distances[:, :M]))
+        members, distances = (part[:, : coupling.window].to(device) for part in (members, distances))
+        code = coupling.code(hidden, members, distances, self.model.get_input_embeddings())
+        of_codes = self._logits_of_codes()
+        if of_codes is None:
+            return self.logits(hidden + coupling.up(code).to(hidden.dtype)).float()
+        return logits + (code.to(of_codes.dtype) @ of_codes).float()
+
+    def _logits_of_codes(self) -> Tensor | None:
+        """See `coupling.GroupCoupling.logits_of_codes`; made anew when the weights have changed."""
+        model = self.model
+        assert model.coupling is not None
+        if self._of_codes is None:
+            layers = model.coupling.up, model.get_output_embeddings()
+            parts = [part for layer in layers for part in plain_tensors(cast(Tensor, layer.weight))]
+            made_of: list[tuple[object, ...]] = [(p.dtype, p.device, _sum_of_bits(p)) for p in parts]
+            if _OF_CODES.get(model, (None,))[0] != made_of:
+                _OF_CODES[model] = made_of, model.coupling.logits_of_codes(model.head)
+            self._of_codes = _OF_CODES[model][1:]
+        return self._of_codes[0]
 
     def capacity(self, columns: int) -> int:
         """Ranks that the store of a run over so many columns must have."""
