@@ -118,11 +118,11 @@ def test_sampled_groups_are_distributed_as_they_are_scored(case):
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_coupled_drafts_change_no_distribution(architecture, greedy):
+@pytest.mark.parametrize(("architecture", "draft"), [("llama", "query"), ("llama", "state"), ("gemma2", "state")])
+def test_coupled_drafts_change_no_distribution(architecture, draft, greedy):
     model, plain = coupled(architecture, vocabulary=4), converted(architecture, vocabulary=4)
     order = Factorization.from_groups([[0, 3], [1, 2], [4, 5]])
-    policy = policies.speculative(draft="query", draft_length=3)
+    policy = policies.speculative(draft=draft, draft_length=3)
     if greedy:
         start = torch.ones(1, 6, dtype=torch.int64)
         ours = run(model, start, order, policy=policy)
@@ -136,6 +136,50 @@ def test_coupled_drafts_change_no_distribution(architecture, greedy):
     output = run(model, start, repeated(order, N), policy=policy, temperature=1.0, generator=generator(5))
     counts = torch.bincount((output.sequences[:, where] * 4 ** torch.arange(3, -1, -1)).sum(1), minlength=len(ids))
     assert p_value(counts, exact * N) > 0.01
+
+
+def test_state_drafts_take_no_row_more_and_need_a_network():
+    model, order = coupled("llama"), Factorization.left_to_right(T)
+    rows = []
+    decode = type(model).decode
+
+    def counted(self, seed_ids, *more):
+        rows.append(seed_ids.shape[1])
+        return decode(self, seed_ids, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "decode", counted)
+        run(model, IDS[:1], order, policy=policies.speculative(draft="state", draft_length=3))
+    assert max(rows) <= 4
+    with pytest.raises(ValueError, match="needs a model whose coupling drafts"):
+        run(converted("llama"), IDS[:1], order, policy=policies.speculative(draft="state"))
+
+
+def test_what_drafts_are_trained_on_is_their_distance_from_the_base():
+    """Of members of contiguous groups, from the state of the row of their group's first."""
+    model, order = couple(gated("llama")), repeated(Factorization.left_to_right(T, group_size=4), 3)
+    found = model.predictions(IDS, order, taught=True)
+    base = model.causal_lm.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
+    at = 0
+    for b in range(3):
+        for i in range(1, T):
+            j = (i - 1) % 4
+            if not j:
+                continue
+            members = IDS[b : b + 1, i - j : i].flip(1)
+            state = base[b, i - j - 1][None]
+            own = model.coupling.drafts(state, members, torch.arange(1, j + 1)[None], model.get_input_embeddings())
+            torch.testing.assert_close(found.drafts[at : at + 1], own, atol=1e-5, rtol=1e-4)
+            at += 1
+    assert at == len(found.drafts)
+    with_drafts, trained = model.train()(IDS, order, labels=IDS, taught=True).loss, found.where.sum()
+    model.coupling.drafts, drafts = None, model.coupling.drafts
+    log_p = model.predictor.logits(found.drafts).log_softmax(-1)
+    log_q = model.predictor.logits(found.teacher).log_softmax(-1)
+    apart = (log_q.exp() * (log_q - log_p)).sum() / trained
+    without = model(IDS, order, labels=IDS, taught=True).loss
+    model.coupling.drafts = drafts
+    torch.testing.assert_close(with_drafts - without, apart, atol=1e-4, rtol=1e-4)
 
 
 def test_groups_of_one_take_no_product_more(monkeypatch):
@@ -171,6 +215,7 @@ def test_the_teacher_is_the_base_given_the_same_tokens():
 def test_the_trained_distance_is_kl_from_the_base_and_its_gradient_autograds():
     model, order = couple(gated("llama")), repeated(Factorization.left_to_right(T, group_size=4), 3)
     model.train()
+    model.coupling.drafts = None
     found = model.predictions(IDS, order, taught=True)
     log_p = model.predictor.logits(found.hidden).log_softmax(-1)
     losses = -log_p.gather(1, IDS[found.where][:, None])[:, 0]
@@ -214,7 +259,7 @@ def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
     again = AnyOrderForCausalLM.from_pretrained(tmp_path / "saved")
     order = repeated(Factorization.left_to_right(T, group_size=4), 3)
     assert torch.equal(model.eval().log_likelihood(IDS, order), again.eval().log_likelihood(IDS, order))
-    assert again.config.coupling == {"width": 24, "rank": 8, "window": 7}
+    assert again.config.coupling == {"width": 24, "rank": 8, "window": 7, "drafts": True}
     if kind == "lora":
         merged = again.merge_adapter()
         merged.save_pretrained(tmp_path / "merged")
@@ -269,7 +314,8 @@ def test_products_are_saved_where_the_head_is_linear_and_nowhere_else(architectu
     if linear:
         hidden, code = torch.randn(5, 32, generator=generator()), torch.randn(5, 8, generator=generator(1))
         expected = model.head(hidden + model.coupling.up(code))
-        torch.testing.assert_close(model.head(hidden) + code @ found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.head(hidden) + code @ found[1], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[0], model.head(torch.zeros(1, 32))[0])
 
 
 def test_weights_that_change_between_two_runs_are_noticed():

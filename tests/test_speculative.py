@@ -187,7 +187,7 @@ def test_ngrams_are_found_where_the_text_repeats_itself():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft": "oracle"}, "draft must be one of query, ngram, got 'oracle'"),
+        ({"draft": "oracle"}, "draft must be one of query, state, ngram, got 'oracle'"),
         ({"draft_length": 0}, "draft_length must be a whole number, at least 1, or 'auto', got 0"),
         ({"draft_len": 2}, "did you mean 'draft_length'"),
     ],

@@ -22,7 +22,7 @@ from torch import Tensor
 from anyorder.core.factorization import ABSENT, Factorization
 from anyorder.core.layout import Arrangement, compact, join
 from anyorder.decoding.draw import NOT_FORCED, Drafts, Drawer, Evaluated, Visible
-from anyorder.decoding.groups import Drawn, First, draw_at_once, draw_in_turn
+from anyorder.decoding.groups import Drawn, First, coupled_by, drafted_by, draw_at_once, draw_in_turn
 from anyorder.decoding.stopping import EndRule
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.runner import ModelRunner
@@ -233,7 +233,24 @@ class Run:
         uniform, visible = uniforms[found.row, found.column], Visible(self.ids, self.tokens.ranks)
         if not len(found.row) or not (self.is_coupled or self.drawer.looks_at_tokens):
             return draw_at_once(self.drawer, found, uniform, visible)
-        return draw_in_turn(self.runner, self.drawer, found, uniform, visible, first)
+        return draw_in_turn(coupled_by(self.runner), self.drawer, found, uniform, visible, first)
+
+    def draft(self, queries: Queries, hidden: Tensor, source: Tensor, uniforms: Tensor, first: First) -> Drawn:
+        """Tokens of positions that have no rows, from that of the first member of their group, with (B, T) numbers.
+
+        Args:
+            queries: the positions behind the first, one group a row.
+            hidden: (B, R, E) of the forward.
+            source: (B,) int64: the row of `hidden` that predicted the first.
+            uniforms, first: as for `draw`.
+        """
+        row, _ = queries.used.nonzero(as_tuple=True)
+        states = self._rows_of(hidden, row, source[row])
+        nothing = torch.zeros(len(row), self.runner.model.vocabulary_size, device=states.device)
+        found = Evaluated(row, queries.columns[queries.used], queries.hi[queries.used], nothing, states)
+        visible = Visible(self.ids, self.tokens.ranks)
+        uniform = uniforms[found.row, found.column]
+        return draw_in_turn(drafted_by(self.runner), self.drawer, found, uniform, visible, first)
 
     def verify(self, found: Evaluated, queries: Queries, drafts: Drafts) -> tuple[Tensor, Tensor]:
         """(B,) how many drafts are accepted, and (B,) the token behind them: see `draw.Drawer`."""

@@ -9,6 +9,7 @@ Shapes: B batch, T columns, N evaluated positions, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,8 +48,34 @@ def draw_at_once(drawer: Drawer, found: Evaluated, uniform: Tensor, visible: Vis
     return Drawn(token, found.log_probs(token), processed)
 
 
+Logits = Callable[[Evaluated, Tensor, Tensor], Tensor]
+"""(N, V) float32 logits of members behind the first, given those before each: (N, M) tokens, the last drawn first, and
+how far to the left they stand, 0 for those on the right, which say nothing."""
+
+
+def coupled_by(runner: ModelRunner) -> Logits:
+    """Members know those before them, if the model is coupled; else each keeps the logits that it has alone."""
+
+    def logits(found: Evaluated, tokens: Tensor, distances: Tensor) -> Tensor:
+        if found.hidden is None:
+            return found.logits
+        return runner.coupled_logits(found.hidden, found.logits, tokens, distances)
+
+    return logits
+
+
+def drafted_by(runner: ModelRunner) -> Logits:
+    """Members have no row of their own: their hidden states are those of the rows of their groups' first."""
+
+    def logits(found: Evaluated, tokens: Tensor, distances: Tensor) -> Tensor:
+        assert found.hidden is not None
+        return runner.draft_logits(found.hidden, tokens, distances)
+
+    return logits
+
+
 def draw_in_turn(
-    runner: ModelRunner,
+    logits: Logits,
     drawer: Drawer,
     found: Evaluated,
     uniform: Tensor,
@@ -58,10 +85,9 @@ def draw_in_turn(
     """Tokens of groups, one group a row.
 
     Args:
-        runner: makes logits of members that are coupled to those before them.
+        logits: of members that are drawn behind others.
         drawer: draws.
-        found: the members, row by row; each row's in the order in which they are drawn. With their hidden states, if
-            the model is coupled.
+        found: the members, row by row; each row's in the order in which they are drawn.
         uniform: (N,) float64 in [0, 1), one a position.
         visible: what else they may look at.
         first: the first member of each row's group, if it was drawn before; its rank is the one behind those that
@@ -83,9 +109,9 @@ def draw_in_turn(
         chosen = place == number - known
         one = found.take(chosen)
         one = replace(one, hi=one.hi + number)
-        if one.hidden is not None and number:
-            before = members[:, one.row, :number].flip(2)
-            one = replace(one, logits=_coupled(runner, one, before[0], before[1]))
+        if number:
+            columns, tokens = members[:, one.row, :number].flip(2)
+            one = replace(one, logits=logits(one, tokens, (one.column[:, None] - columns).clamp(min=0)))
         drawn, own = drawer.draw(one, uniform[chosen], visible)
         token[chosen] = drawn
         log_prob[chosen] = token_log_probs(one.logits, drawn.to(one.logits.device)).cpu()
@@ -93,13 +119,3 @@ def draw_in_turn(
         members[0, one.row, number], members[1, one.row, number] = one.column, drawn
         visible.ids[one.row, one.column], visible.ranks[one.row, one.column] = drawn, one.hi
     return Drawn(token, log_prob, processed)
-
-
-def _coupled(runner: ModelRunner, found: Evaluated, columns: Tensor, tokens: Tensor) -> Tensor:
-    """(N, V) float32 logits given the members before each, (N, M) columns and tokens, the last drawn first.
-
-    Members on the right, as drafts of other orders have them, say nothing.
-    """
-    assert found.hidden is not None
-    distances = (found.column[:, None] - columns).clamp(min=0)
-    return runner.coupled_logits(found.hidden, found.logits, tokens, distances)

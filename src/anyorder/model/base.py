@@ -197,50 +197,64 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         Args:
             input_ids: (B, T) int64.
             factorization: of the same shape.
-            taught: with those of the base model's own rows, where a gated adapter leaves any.
+            taught: with those of the base model's own rows, where there are any: the base must be frozen.
         """
         ids = self.check_input(input_ids, factorization)
         layout = lay_out(ids, factorization, self.recipe)
         predicted = layout.logit_rows >= 0
         row, _ = predicted.nonzero(as_tuple=True)
-        place, hidden, where = layout.logit_rows[predicted], None, None
-        gated = (self.config.adapter or {}).get("kind") == "gated"
-        if torch.is_grad_enabled() and gated:
+        if torch.is_grad_enabled() and (self.config.adapter or {}).get("kind") == "gated":
             hidden, where = self._frozen_rows_first(layout)
-            place = where[row, place]
         else:
-            hidden = self.hidden_rows(layout.rows, layout.key_positions)
-        device = hidden.device
-        chosen = hidden[row.to(device), place.to(device)]
-        if self.coupling is not None:
-            chosen = self._coupled(chosen, ids, layout, predicted)
-        found = Predictions(chosen, predicted.to(device))
-        if not taught or not gated or adapters.is_split(self):
-            return found
+            hidden, where = self.hidden_rows(layout.rows, layout.key_positions), None
+
+        def states(row: Tensor, place: Tensor) -> Tensor:
+            place = place if where is None else where[row, place]
+            return hidden[row.to(hidden.device), place.to(hidden.device)]
+
+        found = Predictions(states(row, layout.logit_rows[predicted]), predicted.to(hidden.device))
         own = layout.taught[predicted]
-        has, place = own >= 0, own[own >= 0]
-        place = place if where is None else where[row[has], place]
-        teacher = hidden[row[has].to(device), place.to(device)].detach()
-        return dataclasses.replace(found, taught=has.to(device), teacher=teacher)
+        has = (own >= 0) if taught and self._has_base_rows else torch.zeros_like(own, dtype=torch.bool)
+        if self.coupling is not None:
+            firsts = states(row[has], layout.group_starts[predicted][has] - 1)
+            found = self._coupled(found, ids, layout, has, firsts)
+        if taught and self._has_base_rows:
+            teacher = states(row[has], own[has]).detach()
+            found = dataclasses.replace(found, taught=has.to(hidden.device), teacher=teacher)
+        return found
 
-    def _coupled(self, hidden: Tensor, ids: Tensor, layout: Layout, predicted: Tensor) -> Tensor:
-        """(N, E) hidden states of the predictions with the deltas of coupling, teacher-forced."""
+    @property
+    def _has_base_rows(self) -> bool:
+        """Whether content rows that stand where the base model stands are its own, and the head is frozen and whole."""
+        kind = (self.config.adapter or {}).get("kind")
+        frozen = not any(parameter.requires_grad for parameter in self.get_output_embeddings().parameters())
+        return frozen and kind != "lora" and not adapters.is_split(self)
+
+    def _coupled(self, found: Predictions, ids: Tensor, layout: Layout, has: Tensor, firsts: Tensor) -> Predictions:
+        """With the deltas of coupling, teacher-forced, and the drafts of those that have a teacher.
+
+        Args:
+            found: predictions without it.
+            ids: (B, T) int64.
+            layout: of the forward.
+            has: (N,) bool: which have a teacher.
+            firsts: (K, E) hidden states of the rows of the first members of their groups.
+        """
         assert self.coupling is not None
+        predicted, device, embed = layout.logit_rows >= 0, found.hidden.device, self.get_input_embeddings()
         columns, distances = layout.earlier(self.coupling.window)
-        members = ids.gather(1, columns.flatten(1)).view(columns.shape)[predicted]
-        distances = distances[predicted]
+        members = ids.gather(1, columns.flatten(1)).view(columns.shape)[predicted].to(device)
+        distances = distances[predicted].to(device)
+        hidden, drafts, learns = found.hidden, None, torch.is_grad_enabled()  # then every network is in the graph
         (later,) = (distances > 0).any(dim=1).nonzero(as_tuple=True)
-        if not len(later) and not torch.is_grad_enabled():
-            return hidden
-        device = hidden.device
-        deltas = self.deltas(hidden[later.to(device)], members[later], distances[later])
-        return hidden.index_add(0, later.to(device), deltas)
-
-    def deltas(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
-        """(N, E) what coupling adds to hidden states of members behind the first: see `coupling.GroupCoupling`."""
-        assert self.coupling is not None
-        device = hidden.device
-        return self.coupling(hidden, members.to(device), distances.to(device), self.get_input_embeddings())
+        if len(later) or learns:
+            deltas = self.coupling(hidden[later], members[later], distances[later], embed)
+            hidden = hidden.index_add(0, later, deltas)
+        if self.coupling.drafts is not None and (len(firsts) or learns):
+            has = has.to(device)
+            drafts = self.coupling.drafts(firsts.detach(), members[has], distances[has], embed)
+            hidden = hidden if len(firsts) else hidden + drafts.sum()
+        return dataclasses.replace(found, hidden=hidden, drafts=drafts)
 
     def _frozen_rows_first(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """The rows in two forwards, for training: those that the adapter cannot change need no gradient.

@@ -39,6 +39,7 @@ class Coupling:
         rank: of the delta: it is U z with z of so many numbers, so that of a linear head W the product W U, made once,
             is all that a member after the first costs.
         window: members before each that it looks at, the nearest.
+        drafts: with a second network, which drafts later members from the state of the first one's row.
 
     Raises:
         ValueError: naming the value that cannot be meant.
@@ -47,12 +48,15 @@ class Coupling:
     width: int = 1024
     rank: int = 256
     window: int = 7
+    drafts: bool = True
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name in ("width", "rank", "window"):
+            value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field.name} of a coupling must be a whole number, at least 1, got {value!r}")
+                raise ValueError(f"{name} of a coupling must be a whole number, at least 1, got {value!r}")
+        if not isinstance(self.drafts, bool):
+            raise ValueError(f"drafts of a coupling must be True or False, got {self.drafts!r}")
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Coupling:
@@ -67,8 +71,8 @@ class Coupling:
         return cls(**fields)
 
 
-class GroupCoupling(nn.Module):
-    """The network that makes deltas; zero until it is trained.
+class MemberNetwork(nn.Module):
+    """Two layers over a hidden state and the members of a group before a position; zero until it is trained.
 
     Args:
         hidden_size: E, of the hidden states that the head takes.
@@ -87,41 +91,58 @@ class GroupCoupling(nn.Module):
         nn.init.uniform_(self.members, -(embedding_size**-0.5), embedding_size**-0.5)  # as a linear layer begins
         nn.init.zeros_(self.up.weight)
 
-    @torch.no_grad()
-    def logits_of_codes(self, head: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """(r, V): what each number of z adds to the logits of a head that is linear but for a constant; None for
-        another head, such as one that caps its logits.
-
-        Args:
-            head: (N, E) hidden states -> (N, V) logits.
-        """
-        columns = self.up.weight.detach().t()
-        generator = torch.Generator().manual_seed(0)
-        a, b = (100 * torch.randn(2, columns.shape[1], generator=generator)).to(columns).unbind()
-        zero, far = torch.zeros_like(a), head(torch.stack([torch.zeros_like(a), a, b, a + b])).float()
-        if not torch.allclose(far[3] - far[0], far[1] + far[2] - 2 * far[0], atol=1e-2 * float(far.abs().max())):
-            return None
-        return head(columns) - head(zero[None])
-
     def forward(self, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """(N, E) deltas, in the dtype of the hidden states.
+        """(N, E), in the dtype of the hidden states.
 
         Args:
-            hidden: (N, E) final hidden states, of the rows that predict the members.
-            ids: (N, M) int64, the members before each.
+            hidden: (N, E) final hidden states.
+            ids: (N, M) int64, the members before each position.
             distances: (N, M) int64, how far to the left each of them stands; 0: there is none.
             embed: (n,) ids -> (n, embedding size).
         """
         return self.up(self.code(hidden, ids, distances, embed)).to(hidden.dtype)
 
     def code(self, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """(N, r) z, of which the deltas are U z; in the dtype of the weights."""
+        """(N, r) z, of which the result is U z; in the dtype of the weights."""
         x = self.state(_unit(hidden, self.state.weight.dtype))
         for number, rows, places in _by_distance(distances):
             members = _unit(embed(ids[rows, places]), self.members.dtype)
             x = x.index_add(0, rows, nn.functional.linear(members, self.members[number]).to(x.dtype))
         x = nn.functional.silu(self.inner(nn.functional.silu(x)))
         return self.down(x)
+
+    @torch.no_grad()
+    def logits_of_codes(self, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Of a head that is linear but for a constant, that (V,), and (r, V) what each number of z adds to the logits.
+
+        Args:
+            head: (N, E) hidden states -> (N, V) logits.
+
+        Returns:
+            None for another head, such as one that caps its logits.
+        """
+        columns = self.up.weight.detach().t()
+        generator = torch.Generator().manual_seed(0)
+        a, b = (100 * torch.randn(2, columns.shape[1], generator=generator)).to(columns).unbind()
+        constant, of_a, of_b, of_both = head(torch.stack([torch.zeros_like(a), a, b, a + b])).float()
+        tolerance = 1e-2 * float(of_both.abs().max())
+        if not torch.allclose(of_both - constant, of_a + of_b - 2 * constant, atol=tolerance):
+            return None
+        return constant, (head(columns).float() - constant).to(columns.dtype)
+
+
+class GroupCoupling(MemberNetwork):
+    """What is added to the hidden states of later members; with `drafts`, also what guesses without rows of their own.
+
+    Attributes:
+        drafts: a network of the same kind whose hidden state is that of the row that predicts the *first* member, which
+            left to right is the base model's own: the head of its result is the distribution of a member behind it.
+            No row but the first member's is computed for that, and nothing of the model is adapted.
+    """
+
+    def __init__(self, hidden_size: int, embedding_size: int, coupling: Coupling):
+        super().__init__(hidden_size, embedding_size, coupling)
+        self.drafts = MemberNetwork(hidden_size, embedding_size, coupling) if coupling.drafts else None
 
 
 def _by_distance(distances: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -85,6 +85,8 @@ class Predictions:
     """(N,) bool: those for which the base model's own row is in the same forward; None: not looked for."""
     teacher: Tensor | None = None
     """(K, E) hidden states of those rows, in their order."""
+    drafts: Tensor | None = None
+    """(K, E): what drafts the same tokens from the row of the first member of their groups; None: nothing does."""
 
     def spread(self, values: Tensor) -> Tensor:
         """(B, T, ...): (N, ...) values where they belong, 0 elsewhere."""
@@ -116,7 +118,8 @@ class Predictor:
         """What is trained on, and the losses: both (N,) float32, in nats, 0 where the target is -100.
 
         A prediction that is taught is trained on KL(base || model): one token is a sample of the distribution that the
-        base model's own row has whole. Every other is trained on its loss. The head must be frozen.
+        base model's own row has whole; what drafts the same token is trained on its own distance beside it. Every
+        other prediction is trained on its loss. The head must be frozen.
         """
         if found.taught is None or found.teacher is None:
             losses = self.losses(found, targets)
@@ -124,6 +127,8 @@ class Predictor:
         ids, taught = targets.to(found.hidden.device)[found.where], found.taught
         alone = negative_log_likelihoods(self.causal_lm, found.hidden[~taught], ids[~taught])
         apart, losses = _divergences(self.causal_lm, found.hidden[taught], ids[taught], found.teacher)
+        if found.drafts is not None:
+            apart = apart + _divergences(self.causal_lm, found.drafts, ids[taught], found.teacher)[0]
         trained, reported = alone.new_zeros(len(ids)), alone.new_zeros(len(ids))
         trained = trained.index_put((~taught,), alone).index_put((taught,), apart)
         reported[~taught], reported[taught] = alone.detach(), losses

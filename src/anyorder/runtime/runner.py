@@ -9,6 +9,7 @@ Shapes: B batch, R rows of a forward, K ranks, N predictions, V vocabulary, E hi
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import cast
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from anyorder.core.layout import Rows
 from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.model.coupling import MemberNetwork
 from anyorder.model.kv_cache import KeyValueStore
 
-_OF_CODES: WeakKeyDictionary[nn.Module, tuple[list[tuple[object, ...]], Tensor | None]] = WeakKeyDictionary()
-"""Of models: what `_logits_of_codes` was made of, and what it is. It costs as much as the head over r rows."""
+_OF_CODES: WeakKeyDictionary[MemberNetwork, tuple[list[tuple[object, ...]], tuple[Tensor, Tensor] | None]]
+_OF_CODES = WeakKeyDictionary()
+"""Of networks: what their `logits_of_codes` were made of, and what they are; making them is the head over r rows."""
 
 
 class ModelRunner(ABC):
@@ -35,7 +38,11 @@ class ModelRunner(ABC):
 
     model: AnyOrderPreTrainedModel
     keeps_batch: bool = False
-    _of_codes: tuple[Tensor | None] | None = None  # once it was looked for
+
+    @functools.cached_property
+    def _of_codes(self) -> dict[MemberNetwork, tuple[Tensor, Tensor] | None]:
+        """Of this run, whose weights do not change."""
+        return {}
 
     @abstractmethod
     def hidden(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
@@ -59,27 +66,40 @@ class ModelRunner(ABC):
             logits: (N, V) float32, of these alone.
             members, distances: (N, M) int64, tokens before each and how far to the left they stand; 0: none.
         """
-        coupling, device = self.model.coupling, hidden.device
+        coupling = self.model.coupling
         assert coupling is not None
-        members, distances = (part[:, : coupling.window].to(device) for part in (members, distances))
-        code = coupling.code(hidden, members, distances, self.model.get_input_embeddings())
-        of_codes = self._logits_of_codes()
-        if of_codes is None:
+        code, made = self._code(coupling, hidden, members, distances)
+        if made is None:
             return self.logits(hidden + coupling.up(code).to(hidden.dtype)).float()
+        _, of_codes = made
         return logits + (code.to(of_codes.dtype) @ of_codes).float()
 
-    def _logits_of_codes(self) -> Tensor | None:
-        """See `coupling.GroupCoupling.logits_of_codes`; made anew when the weights have changed."""
-        model = self.model
-        assert model.coupling is not None
-        if self._of_codes is None:
-            layers = model.coupling.up, model.get_output_embeddings()
+    def draft_logits(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
+        """(N, V) float32 logits of members, from (N, E) hidden states of the rows that predict their groups' first."""
+        coupling = self.model.coupling
+        assert coupling is not None
+        assert coupling.drafts is not None
+        code, made = self._code(coupling.drafts, hidden, members, distances)
+        if made is None:
+            return self.logits(coupling.drafts.up(code).to(hidden.dtype)).float()
+        constant, of_codes = made
+        return constant + (code.to(of_codes.dtype) @ of_codes).float()
+
+    def _code(
+        self, network: MemberNetwork, hidden: Tensor, members: Tensor, distances: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(N, r) codes, and what they say of the logits: see `coupling.MemberNetwork`; made anew when the weights have
+        changed."""
+        model, device = self.model, hidden.device
+        members, distances = (part[:, : network.window].to(device) for part in (members, distances))
+        if network not in self._of_codes:
+            layers = network.up, model.get_output_embeddings()
             parts = [part for layer in layers for part in plain_tensors(cast(Tensor, layer.weight))]
             made_of: list[tuple[object, ...]] = [(p.dtype, p.device, _sum_of_bits(p)) for p in parts]
-            if _OF_CODES.get(model, (None,))[0] != made_of:
-                _OF_CODES[model] = made_of, model.coupling.logits_of_codes(model.head)
-            self._of_codes = _OF_CODES[model][1:]
-        return self._of_codes[0]
+            if _OF_CODES.get(network, (None,))[0] != made_of:
+                _OF_CODES[network] = made_of, network.logits_of_codes(model.head)
+            self._of_codes[network] = _OF_CODES[network][1]
+        return network.code(hidden, members, distances, model.get_input_embeddings()), self._of_codes[network]
 
     def capacity(self, columns: int) -> int:
         """Ranks that the store of a run over so many columns must have."""

@@ -150,7 +150,7 @@ def _model(
     more = {} if options.adapter == "none" else {"adapter": Adapter(options.adapter, options.rank)}
     model, tokenizer = load(options, attn_implementation=attention, **more)
     if model.coupling is None and (options.coupling or options.coupling_only):
-        model.couple(Coupling())
+        model.couple(Coupling(drafts=options.adapter != "lora"))  # these learn from the base's own rows
     if options.coupling_only:
         model.requires_grad_(False)
         assert model.coupling is not None

@@ -1,4 +1,5 @@
-"""Where the drafts of speculative decoding come from: query rows of the same forward, or repetition in the text.
+"""Where the drafts of speculative decoding come from: query rows of the same forward, the state of the row that
+predicted the last token, or repetition in the text.
 
 Shapes: B batch, T columns, K drafts, V vocabulary.
 """
@@ -6,16 +7,35 @@ Shapes: B batch, T columns, K drafts, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from anyorder.decoding.draw import Drafts
 from anyorder.decoding.engine import Queries, Run
-from anyorder.decoding.groups import First
+from anyorder.decoding.groups import Drawn, First
 
 LONGEST_NGRAM = 3
 """Tokens in front of a position that are looked up; shorter ones follow where these are not found."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round whose drafts have been verified."""
+
+    rows: list[Queries]
+    """What the source had asked for."""
+    hidden: Tensor
+    """(B, R, E) of the forward."""
+    sources: list[Tensor]
+    """For each of `rows` which of `hidden` predicts what."""
+    source: Tensor
+    """(B,) int64: which of `hidden` has predicted the token that was drawn behind the accepted drafts."""
+    accepted: Tensor
+    """(B,) how many drafts were accepted; -1: this row gets no new drafts."""
+    order: Queries
+    """The next open positions after the round, as many as are wanted."""
 
 
 class DraftSource(ABC):
@@ -33,18 +53,8 @@ class DraftSource(ABC):
         """
 
     @abstractmethod
-    def propose(
-        self, run: Run, rows: list[Queries], hidden: Tensor, sources: list[Tensor], accepted: Tensor, order: Queries
-    ) -> Drafts:
-        """Drafts for the positions behind the token that this round has drawn.
-
-        Args:
-            rows: from `rows`.
-            hidden: (B, R, E) of the forward.
-            sources: for each of `rows` which of `hidden` predicts what.
-            accepted: (B,) how many drafts were accepted; -1: this row gets no new drafts.
-            order: the next open positions after the round, as many as are wanted.
-        """
+    def propose(self, run: Run, verified: Round) -> Drafts:
+        """Drafts for the positions behind the token that a round has drawn."""
 
 
 class QueryDrafts(DraftSource):
@@ -62,9 +72,8 @@ class QueryDrafts(DraftSource):
             out.append(Queries(columns, used, order.hi[:, accepted : accepted + 1].expand_as(columns)))
         return out
 
-    def propose(
-        self, run: Run, rows: list[Queries], hidden: Tensor, sources: list[Tensor], accepted: Tensor, order: Queries
-    ) -> Drafts:
+    def propose(self, run: Run, verified: Round) -> Drafts:
+        rows, sources, accepted, order = verified.rows, verified.sources, verified.accepted, verified.order
         B = len(accepted)
         most = max(queries.columns.shape[1] for queries in rows)
         columns, hi, source = (torch.zeros(B, most, dtype=torch.int64) for _ in range(3))
@@ -78,20 +87,44 @@ class QueryDrafts(DraftSource):
         columns, hi, source = columns[:, :width], hi[:, :width], source[:, :width]
         used = used[:, :width] & order.used[:, :width] & (columns == order.columns[:, :width])
         used = used.long().cumprod(dim=1).bool()
-        row, _ = used.nonzero(as_tuple=True)
-        tokens = torch.zeros_like(columns)
-        if not len(row):
+        if not bool(used.any()):
             return Drafts.none(B)
-        evaluated = run.evaluate(Queries(columns, used, hi), hidden, source)
-        # The token that this round has drawn, the last one appended, is the first member of the group that they are of.
-        last = run.tokens.columns.gather(1, (run.tokens.counts - 1)[:, None])[:, 0]
-        drawn = run.draw(evaluated, run.uniforms.draft, First(last, run.ids.gather(1, last[:, None])[:, 0]))
-        tokens[used] = drawn.token
-        probs = None
-        if run.drawer.sampler.do_sample:
-            probs = drawn.processed.new_zeros(B, width, drawn.processed.shape[1])
-            probs[used.to(probs.device)] = drawn.processed.softmax(dim=-1)
-        return Drafts(tokens, used.sum(dim=1), probs).trimmed()
+        evaluated = run.evaluate(Queries(columns, used, hi), verified.hidden, source)
+        return _drafts(run, used, run.draw(evaluated, run.uniforms.draft, _last(run)))
+
+
+class StateDrafts(DraftSource):
+    """What a small network makes of the row that predicted the round's own token; costs no row of the forward, and
+    needs no adapter."""
+
+    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor) -> list[Queries]:
+        return []
+
+    def propose(self, run: Run, verified: Round) -> Drafts:
+        order = verified.order
+        used = order.used & (verified.accepted >= 0)[:, None]
+        if not bool(used.any()):
+            return Drafts.none(len(used))
+        first = (run.tokens.counts - 1)[:, None].expand_as(order.columns)
+        queries = Queries(order.columns, used, first)
+        return _drafts(run, used, run.draft(queries, verified.hidden, verified.source, run.uniforms.draft, _last(run)))
+
+
+def _last(run: Run) -> First:
+    """The token that the round has drawn, the last one appended: the first member of the group that drafts are of."""
+    column = run.tokens.columns.gather(1, (run.tokens.counts - 1)[:, None])[:, 0]
+    return First(column, run.ids.gather(1, column[:, None])[:, 0])
+
+
+def _drafts(run: Run, used: Tensor, drawn: Drawn) -> Drafts:
+    """Tokens that were drawn for (B, K) used positions, each row's first ones, with what they were drawn from."""
+    tokens = torch.zeros(used.shape, dtype=torch.int64)
+    tokens[used] = drawn.token
+    probs = None
+    if run.drawer.sampler.do_sample:
+        probs = drawn.processed.new_zeros(*used.shape, drawn.processed.shape[1])
+        probs[used.to(probs.device)] = drawn.processed.softmax(dim=-1)
+    return Drafts(tokens, used.sum(dim=1), probs).trimmed()
 
 
 class NgramDrafts(DraftSource):
@@ -100,9 +133,8 @@ class NgramDrafts(DraftSource):
     def rows(self, order: Queries, drafts: Drafts, wanted: Tensor) -> list[Queries]:
         return []
 
-    def propose(
-        self, run: Run, rows: list[Queries], hidden: Tensor, sources: list[Tensor], accepted: Tensor, order: Queries
-    ) -> Drafts:
+    def propose(self, run: Run, verified: Round) -> Drafts:
+        order, accepted = verified.order, verified.accepted
         B, K = order.columns.shape
         ids, known = run.ids.clone(), run.known.clone()
         going, counts = accepted >= 0, torch.zeros(B, dtype=torch.int64)

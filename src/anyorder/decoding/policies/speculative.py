@@ -23,10 +23,10 @@ from anyorder.core.factorization import Factorization
 from anyorder.decoding.draw import Drafts
 from anyorder.decoding.engine import Queries, Run, Scheduler, Step
 from anyorder.decoding.policies.base import Policy
-from anyorder.decoding.policies.drafts import DraftSource, NgramDrafts, QueryDrafts
+from anyorder.decoding.policies.drafts import DraftSource, NgramDrafts, QueryDrafts, Round, StateDrafts
 
 _LATER = torch.iinfo(torch.int64).max
-_SOURCES: dict[str, type[DraftSource]] = {"query": QueryDrafts, "ngram": NgramDrafts}
+_SOURCES: dict[str, type[DraftSource]] = {"query": QueryDrafts, "state": StateDrafts, "ngram": NgramDrafts}
 LONGEST_AUTO = 8
 """Drafts a round at most with draft_length="auto"."""
 
@@ -37,8 +37,9 @@ class Speculative(Policy):
 
     Args:
         draft: "ngram": what followed the same tokens elsewhere in the text, which costs next to nothing and pays on
-            code and repetition; "query": the model's own query rows guess, which makes a forward about twice as dear
-            and pays if the model is good at groups.
+            code and repetition; "state": a small network of the state that predicted the last token, for models whose
+            coupling has one; "query": the model's own query rows guess, which makes a forward about twice as dear and
+            pays if the model is good at groups.
         draft_length: guesses a round; or "auto": each row one more after all of its guesses were accepted, one fewer
             after less than half of them were.
 
@@ -50,7 +51,7 @@ class Speculative(Policy):
     """
 
     keeps_order: ClassVar[bool] = True
-    draft: Literal["query", "ngram"] = "ngram"
+    draft: Literal["query", "state", "ngram"] = "ngram"
     draft_length: int | Literal["auto"] = 2
 
     def __post_init__(self) -> None:
@@ -64,6 +65,12 @@ class Speculative(Policy):
         return factorization.regroup(1)
 
     def scheduler(self, run: Run) -> Scheduler:
+        coupling = run.runner.model.coupling
+        if self.draft == "state" and (coupling is None or coupling.drafts is None):
+            raise ValueError(
+                "draft='state' needs a model whose coupling drafts: train one with `anyorder adapt --coupling-only`, "
+                "or use draft='ngram'"
+            )
         return SpeculativeScheduler(self, run)
 
 
@@ -134,7 +141,9 @@ class SpeculativeScheduler(Scheduler):
         order = self._next(int(self.wanted.max()), run.tokens.counts)
         wanted = torch.arange(order.columns.shape[1]) < self.wanted[:, None]
         order = Queries(order.columns, order.used & wanted, order.hi)
-        self.drafts = self.source.propose(run, self.rows, hidden, others, accepted.where(drew, -1), order)
+        drawn_by = own.gather(1, accepted[:, None].clamp(max=own.shape[1] - 1))[:, 0]
+        verified = Round(self.rows, hidden, others, drawn_by, accepted.where(drew, -1), order)
+        self.drafts = self.source.propose(run, verified)
         return step
 
     def _not_behind_an_end(self, tokens: Tensor, committed: Tensor) -> Tensor:
