@@ -64,8 +64,10 @@ def measure(
         model.coupling = coupling if kind == "coupled" else None
         out[f"left to right, {kind}"] = {str(n): nats(model, pieces, stories, batch, n, False) for n in SIZES}
         out[f"random, {kind}"] = {str(n): nats(model, pieces, others, batch, n, True) for n in SIZES}
-        out[f"drafts, {kind}"] = passes(model, pieces, stories, batch, drafts)
+        out[f"drafts, {kind}"] = passes(model, pieces, stories, batch, drafts, from_state=False)
     model.coupling = coupling
+    if coupling is not None and coupling.drafts is not None:
+        out["drafts, state"] = passes(model, pieces, stories, batch, drafts, from_state=True)
     return out
 
 
@@ -94,9 +96,9 @@ def nats(
 
 @torch.no_grad()
 def passes(
-    model: AnyOrderForCausalLM, pieces: Pieces, stories: list[list[str]], batch: int, drafts: int
+    model: AnyOrderForCausalLM, pieces: Pieces, stories: list[list[str]], batch: int, drafts: int, from_state: bool
 ) -> dict[str, float]:
-    """How often each draft passes, at temperature 1 and greedy, and tokens a round."""
+    """How often each draft of query rows, or of the first row's state, passes, at temperature 1 and greedy."""
     sums = torch.zeros(2, drafts, dtype=torch.float64)
     counts = torch.zeros(drafts, dtype=torch.float64)
     for first in range(0, len(stories), batch):
@@ -111,7 +113,9 @@ def passes(
             assert found.teacher is not None
             columns = torch.arange(ids.shape[1]).expand_as(ids)[found.where][found.taught]
             place = (columns - 1 - shift) % (drafts + 1)
-            q = model.predictor.logits(found.hidden[found.taught]).softmax(-1)
+            states = found.drafts if from_state else found.hidden[found.taught]
+            assert states is not None
+            q = model.predictor.logits(states).softmax(-1)
             p = model.predictor.logits(found.teacher).softmax(-1)
             for k in range(1, drafts + 1):
                 own = place == k
