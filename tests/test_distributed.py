@@ -39,7 +39,7 @@ def torchrun(*arguments):
 def adapt_by_two(checkpoint, stories, output, *more):
     """The arguments of the command that `adapt` runs, with half the rows in each of two processes."""
     options = [*OPTIONS, "--batch-size", 1, *more]
-    return "-m", "anyorder", "adapt", checkpoint, output, "--train-file", stories, *options
+    return HERE / "adapt_in_group.py", "adapt", checkpoint, output, "--train-file", stories, *options
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,7 @@ def test_two_processes_stop_after_the_same_step_when_told_and_go_on(checkpoint, 
         errors = process.communicate(timeout=100)[1]
     assert process.returncode != 0
     assert "of 400; go on with the same command and --resume" in errors, errors[-3000:]
+    assert "outlive the command" not in errors
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     torchrun(*command, "--resume")
     assert adapt(checkpoint, stories, tmp_path / "one", *long) == 0

@@ -10,6 +10,7 @@ OUTPUT/run.json        the options of the run; --resume needs the same
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from anyorder.modeling import AnyOrderForCausalLM
     from anyorder.training.curriculum import Curriculum
     from anyorder.training.data import Sequences, Stream
+    from anyorder.training.interruption import Interruption
     from anyorder.training.trainer import AnyOrderTrainer
 
 __all__ = ["add_options", "run"]
@@ -43,16 +45,27 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
         options: parsed from `add_options`.
         load: loads the model that the options name, with `adapter=`.
     """
-    from anyorder.training import run_directory
     from anyorder.training.curriculum import Curriculum
+
+    curriculum = Curriculum.load(options.curriculum)
+    if options.plan:
+        return _plan(options, curriculum)
+    interruption = _run(options, load, curriculum)
+    _leave_the_others()
+    if interruption is not None:
+        interruption.stop()
+
+
+def _run(
+    options: argparse.Namespace, load: Callable[..., tuple[Any, Any]], curriculum: Curriculum
+) -> Interruption | None:
+    """The run; what comes back is what ended it before its last step."""
+    from anyorder.training import run_directory
     from anyorder.training.data import check_workers
     from anyorder.training.heldout import HeldOut
     from anyorder.training.interruption import saved_when_interrupted
     from anyorder.training.texts import open_texts, read_texts, tokenize
 
-    curriculum = Curriculum.load(options.curriculum)
-    if options.plan:
-        return _plan(options, curriculum)
     if options.output is None or not options.train_file:
         raise ValueError("adapt needs an output directory and --train-file (or --plan, to estimate a run)")
     texts = [open_texts(source, options.streaming) for source in options.train_file]
@@ -77,14 +90,28 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     if interruption.signal is not None and trainer.state.global_step < steps:
         print(f"saved at step {trainer.state.global_step} of {steps}; go on with the same command and --resume",
               file=sys.stderr)  # fmt: skip
-        interruption.stop()
+        return interruption
     trainer.save_result(options.output)
     if not trainer.is_world_process_zero():
-        return
+        return None
     tokenizer.save_pretrained(options.output)
     last = [record["loss"] for record in trainer.state.log_history if "loss" in record][-1:]
     report = {"output": str(options.output), "steps": steps, "loss": last[0] if last else None}
     print(json.dumps(report) if options.json else f"{steps} steps, last loss {report['loss']} nats -> {options.output}")
+    return None
+
+
+def _leave_the_others() -> None:
+    """Leave the process group, if there is one, and end its threads, while Python is whole.
+
+    A thread of gloo that lets go of a tensor while the interpreter ends aborts the process ("terminate called without
+    an active exception"). Not for runs that fail: the others may be waiting, and only an exit tells them.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()  # threads live as long as the group, and the wrapped model, which refers to itself, holds it
 
 
 def _data(
