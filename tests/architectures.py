@@ -126,3 +126,14 @@ def gated(architecture: str, **sizes: int) -> AnyOrderForCausalLM:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+def adapted(architecture: str = "llama", kind: str = "gated", trained: bool = True, **kwargs) -> AnyOrderForCausalLM:
+    """A model whose adapter has random weights, as if it had been trained."""
+    model = AnyOrderForCausalLM.from_causal_lm(base_model(architecture), adapter=Adapter(kind=kind, rank=4), **kwargs)
+    if trained:
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or name == "query_embedding":
+                parameter.data.normal_(std=0.3)
+    return model.eval()

@@ -1,16 +1,21 @@
-"""What tests of decoding share: ids, generators, a run with its whole result, a test of frequencies."""
+"""What tests of decoding share: ids, generators, automata, a run with its whole result, a test of frequencies."""
 
 from __future__ import annotations
 
 import torch
 from scipy.stats import chisquare
+from transformers.generation.streamers import BaseStreamer
 
 from anyorder import Factorization
+from anyorder.decoding.constraints import Automata
 from anyorder.decoding.sampling import AllowedTokens
 from architectures import VOCABULARY
 
 T = 12
 IDS = torch.randint(3, VOCABULARY, (3, T), generator=torch.Generator().manual_seed(0))
+PROMPTS = IDS[:, :5]
+TOKENS = {0: "a", 1: "b", 2: "ab", 3: "1", 4: "12", 5: " ", 6: "é", 7: "2"}
+AUTOMATA = Automata(lambda: TOKENS, 8)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -40,3 +45,15 @@ def run(model, ids, order, **options):
 def exactly(tokens: list[int]) -> AllowedTokens:
     """Each position may take one token: a draw whose outcome is known."""
     return AllowedTokens(torch.eye(VOCABULARY, dtype=torch.bool), torch.tensor([tokens]))
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.values, self.ended = [], False
+
+    def put(self, value):
+        assert not self.ended
+        self.values.append(value)
+
+    def end(self):
+        self.ended = True
