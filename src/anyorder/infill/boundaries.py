@@ -4,9 +4,9 @@ Two rules. A fill is made of whole characters: no token leaves bytes of a charac
 blank is the user's: behind a space or a tab, or where the text begins, a fill begins with none, and in front of a space
 or a tab it ends with neither; what brings the space in front of the blank brings it once.
 
-Both speak of neighbouring tokens. Where a blank is filled from left to right, one token a step, its left neighbours are
-read, so a token may hold a part of a character if what is left of the blank can complete it: exactly that is
-`FillAutomaton`. In any other order a neighbour may not be there yet, so each position by itself keeps the rules: every
+Both speak of neighbouring tokens. Where a blank is filled from left to right, in groups of any size, its left
+neighbours are known when a token is drawn, which may hold a part of a character if what is left of the blank can
+complete it: exactly that is `FillAutomaton`. In any other order a neighbour may not be there yet, so each position by itself keeps the rules: every
 token is made of whole characters (`position_masks`). Both depend on nothing but the tokens that a prediction reads, so
 what is drawn is the model's distribution, conditioned token by token, in either case.
 
