@@ -6,9 +6,9 @@ or a tab it ends with neither; what brings the space in front of the blank bring
 
 Both speak of neighbouring tokens. Where a blank is filled from left to right, in groups of any size, its left
 neighbours are known when a token is drawn, which may hold a part of a character if what is left of the blank can
-complete it: exactly that is `FillAutomaton`. In any other order a neighbour may not be there yet, so each position by itself keeps the rules: every
-token is made of whole characters (`position_masks`). Both depend on nothing but the tokens that a prediction reads, so
-what is drawn is the model's distribution, conditioned token by token, in either case.
+complete it: exactly that is `FillAutomaton`. In any other order a neighbour may not be there yet, so each position by
+itself keeps the rules: every token is made of whole characters (`position_masks`). Both depend on nothing but tokens
+that are known, so what is drawn is the model's distribution, conditioned token by token, in either case.
 
 This module knows tokens as bytes; no templates and no model.
 
