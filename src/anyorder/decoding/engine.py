@@ -13,7 +13,7 @@ Shapes: B batch, T columns, Q query rows asked for, N evaluated positions, V voc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,8 @@ class Run:
         drawer: draws the tokens.
         uniforms: what it draws them with.
         end_rule: which tokens end a row.
+        encoded: of each row, the keys and values of its first given tokens, each having read those before it alone, as
+            in the exact recipe; None: of none.
 
     Attributes:
         ids: (B, T) int64, filled in place.
@@ -124,6 +126,7 @@ class Run:
         drawer: Drawer,
         uniforms: Uniforms,
         end_rule: EndRule,
+        encoded: Sequence[KeyValueStore | None] | None = None,
     ):
         self.runner, self.drawer, self.uniforms, self.end_rule = runner, drawer, uniforms, end_rule
         self.factorization, self.forced = factorization, drawer.forced
@@ -140,14 +143,23 @@ class Run:
         self.capacity = runner.capacity(self.ids.shape[1])
         self.is_coupled = runner.model.coupling is not None
         self.encode_anew()
+        if encoded is not None:
+            self._take_over(encoded)
 
     def encode_anew(self) -> None:
         """Start from an empty cache: all that is known becomes one group, in the order of positions."""
         self.tokens = Arrangement(self.ids, self.factorization, self.runner.model.recipe)
         self.store = KeyValueStore(self.capacity)
         self.stored = torch.arange(len(self.ids))
-        self.first = torch.zeros_like(self.tokens.counts)
+        self.first = self.count = torch.zeros_like(self.tokens.counts)
         self.append(self.known)
+
+    def _take_over(self, encoded: Sequence[KeyValueStore | None]) -> None:
+        """What has been encoded elsewhere is not due."""
+        self.store = KeyValueStore.batched(encoded, self.capacity)
+        done = torch.tensor([0 if row is None else row.capacity for row in encoded])
+        self.first = self.first + done
+        self.count = self.count - done
 
     def append(self, committed: Tensor) -> None:
         """(B, T) bool: columns that come next in generation order, as one group; their content rows are due."""

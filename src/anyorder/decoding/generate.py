@@ -8,7 +8,7 @@ Shapes: B batch, T columns, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from anyorder.decoding.policies import Policy
 from anyorder.decoding.request import Request, check_left_to_right, collect, end_ids, request, start
 from anyorder.decoding.streamers import StreamerFeed
 from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.model.kv_cache import KeyValueStore
 
 _OF_GENERATE = (
     "return_dict_in_generate", "pad_token_id", "output_scores", "output_logits", "watch", "streamer", "inputs",
@@ -66,14 +67,29 @@ def generate(
     Raises:
         ValueError: naming the option, its value and the way out, before anything runs.
     """
-    input_ids = _either(input_ids, inputs)
+    ids = _either(input_ids, inputs)
+    return generate_from(model, None, ids, factorization, policy, watch=watch, streamer=streamer, **options)
+
+
+def generate_from(
+    model: AnyOrderPreTrainedModel,
+    encoded: Sequence[KeyValueStore | None] | None,
+    input_ids: Tensor | None,
+    factorization: Factorization | None,
+    policy: Policy | None = None,
+    *,
+    watch: Watcher | None = None,
+    streamer: BaseStreamer | None = None,
+    **options: Any,
+) -> Tensor | GenerateOutput:
+    """`generate`, for callers in this package that have encoded given tokens themselves: see `engine.Run`."""
     taken, output_options = collect(model, options, factorization is None, *_OF_GENERATE)
     asked = request(model, input_ids, factorization, policy, taken)
     kept = [name for name in ("output_scores", "output_logits") if output_options.get(name)]
     if kept and not output_options.get("return_dict_in_generate"):
         raise ValueError(f"{kept[0]} is part of the whole result: add return_dict_in_generate=True")
     pad_id = next((i for i in (output_options.get("pad_token_id"), *end_ids(model)) if i is not None), 0)
-    run, steps = start(model, asked, records=bool(kept))
+    run, steps = start(model, asked, bool(kept), encoded)
     feed = None if streamer is None else _feed(streamer, run, asked, int(pad_id))
     if watch is not None:
         watch.begin(run.ids.clone(), run.is_open.clone())

@@ -36,6 +36,7 @@ from anyorder.decoding.sampling import AllowedTokens, Sampler, check_number
 from anyorder.decoding.stopping import EndRule
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.compatibility import context_length
+from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.compiled import compiled_runner
 from anyorder.runtime.runner import EagerRunner
 
@@ -182,13 +183,19 @@ def request(
     return Request(input_ids, model.check_input(ids, order), order, policy, lengths, options)
 
 
-def start(model: AnyOrderPreTrainedModel, request: Request, records: bool = False) -> tuple[Run, Iterator[Step]]:
+def start(
+    model: AnyOrderPreTrainedModel,
+    request: Request,
+    records: bool = False,
+    encoded: Sequence[KeyValueStore | None] | None = None,
+) -> tuple[Run, Iterator[Step]]:
     """The run that is asked for, and its steps; none is made before the first is taken.
 
     Args:
         model: a converted model.
         request: what is asked for.
         records: keep the logits of every position.
+        encoded: keys and values to begin with: see `engine.Run`.
     """
     options, policy = request.options, request.policy
     factorization = request.factorization.to("cpu")
@@ -214,7 +221,9 @@ def start(model: AnyOrderPreTrainedModel, request: Request, records: bool = Fals
     drawer = Drawer(sampler, must_match, forced, processors, records)
     rule = _end_rule(options, factorization, policy, model.vocabulary_size)
     runner = compiled_runner(model) if options.compile else EagerRunner(model)
-    run = Run(runner, request.ids, factorization, drawer, numbers, rule)
+    if options.compile or model.recipe != "exact":  # the first forward is made for a whole prompt; keys read all given
+        encoded = None
+    run = Run(runner, request.ids, factorization, drawer, numbers, rule, encoded)
     return run, run.steps_of(policy.scheduler(run))
 
 

@@ -7,6 +7,8 @@ and which row reads what is the attention's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,30 @@ class KeyValueStore:
         for layer, (key, value) in self._layers.items():
             index = batch.to(key.device)
             store._layers[layer] = key.index_select(0, index), value.index_select(0, index)
+        return store
+
+    def first_of(self, row: int, count: int) -> KeyValueStore:
+        """A full store of copies of the first `count` ranks of one row of the batch."""
+        store = KeyValueStore(count)
+        for layer, buffers in self._layers.items():
+            key, value = (buffer[row : row + 1, :, : count + 1].clone() for buffer in buffers)
+            store._layers[layer] = key, value
+        return store
+
+    @classmethod
+    def batched(cls, rows: Sequence[KeyValueStore | None], capacity: int) -> KeyValueStore:
+        """A batch whose rows begin with copies of full stores of one row each; None: with nothing."""
+        store = cls(capacity)
+        for number, row in enumerate(rows):
+            if row is None:
+                continue
+            for layer, parts in row._layers.items():
+                if layer not in store._layers:
+                    shape = len(rows), parts[0].shape[1], capacity + 1
+                    key, value = (part.new_zeros(*shape, part.shape[-1]) for part in parts)
+                    store._layers[layer] = key, value
+                for buffer, part in zip(store._layers[layer], parts, strict=True):
+                    buffer[number, :, : row.capacity] = part[0, :, : row.capacity]
         return store
 
     def append(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> tuple[Tensor, Tensor]:
