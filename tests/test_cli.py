@@ -12,6 +12,7 @@ import torch
 from anyorder import AnyOrderForCausalLM, Factorization, Infiller, load
 from anyorder.cli import main
 from anyorder.infill.pieces import Pieces
+from anyorder.runtime.runner import EagerRunner
 from command_line import run
 
 
@@ -112,17 +113,17 @@ def test_sampling_is_seeded_and_each_text_has_its_own_seed(capsys, checkpoint):
 
 @pytest.mark.parametrize("command", [("generate", "a b", "--max-new-tokens", 3), ("infill", "a ___ b")])
 def test_compiled_code_is_asked_for(capsys, checkpoint, monkeypatch, command):
-    asked, generate = [], AnyOrderForCausalLM.generate
+    asked = []
 
-    def eager(self, *arguments, compile=False, **options):  # what compiled code does is tested where it is made
-        asked.append(compile)
-        return generate(self, *arguments, **options)
+    def eager(model):  # what compiled code does is tested where it is made
+        asked.append(model)
+        return EagerRunner(model)
 
-    monkeypatch.setattr(AnyOrderForCausalLM, "generate", eager)
-    assert run(capsys, *command, "--model", checkpoint, "--compile")[0] == 0
-    assert asked[-1]
+    monkeypatch.setattr("anyorder.decoding.request.compiled_runner", eager)
     assert run(capsys, *command, "--model", checkpoint)[0] == 0
-    assert not asked[-1]
+    assert not asked
+    assert run(capsys, *command, "--model", checkpoint, "--compile")[0] == 0
+    assert len(asked) == 1
 
 
 def test_score(capsys, checkpoint):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from anyorder import AnyOrderForCausalLM, load
+from anyorder import load
 from anyorder.cli import main
 from command_line import run
 
@@ -164,7 +164,7 @@ def test_an_interrupt_is_one_word(capsys, checkpoint, monkeypatch, moment):
     if moment == "while a model is loaded":
         monkeypatch.setattr("anyorder.cli.infill.load_model", interrupt)
     else:
-        monkeypatch.setattr(AnyOrderForCausalLM, "generate", interrupt)
+        monkeypatch.setattr("anyorder.infill.infiller.generate_from", interrupt)
     assert run(capsys, "infill", "a ___", "b ___", "--length", 1, "--model", checkpoint) == (130, "", "interrupted")
 
 

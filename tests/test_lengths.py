@@ -98,7 +98,7 @@ def test_the_result_is_that_of_the_lengths_it_names(infiller, sample):
     assert found.log_prob == pytest.approx(fixed.log_prob, abs=1e-4)
     assert [span.tokens for span in found.spans] == own
     assert torch.equal(source.get_state(), again.get_state()), "seeking lengths drew something"
-    assert found.forwards == fixed.forwards + 2
+    assert fixed.forwards < found.forwards <= fixed.forwards + 2
     for span, tried in zip(found.spans, [range(2, 6), lengths.AUTO], strict=True):
         assert list(span.lengths) == list(tried)
         assert sum(span.lengths.values()) == pytest.approx(1)
@@ -190,6 +190,7 @@ def test_texts_of_known_and_unknown_lengths_are_each_as_alone(infiller):
 
 def test_texts_share_forwards_as_far_as_memory_goes(infiller, monkeypatch):
     texts = ["a ___ b", "the cat sat on ___ and ___ c", "a ___ bc ___ d ___ e", "ab ___"]
+    monkeypatch.setattr(lookahead, "WAVE_ROWS", 0)  # one gap of a text after the other
     together = infiller(texts, length=(1, 4))
     monkeypatch.setattr(lookahead, "BATCH_ROWS", 1)
     alone = infiller(texts, length=(1, 4))

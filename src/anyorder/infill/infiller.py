@@ -23,6 +23,7 @@ from anyorder.core.options import check_options
 from anyorder.core.rng import Generators, row_generators
 from anyorder.decoding.constraints import Automata, Constraint
 from anyorder.decoding.events import Watcher
+from anyorder.decoding.generate import generate_from
 from anyorder.decoding.policies import Policy
 from anyorder.decoding.sampling import DRAWING, does_sample
 from anyorder.infill.chat import chat_prefix
@@ -192,10 +193,12 @@ class Infiller:
         own_order = isinstance(policy, Policy) and not policy.keeps_order
         prepared = policy.prepare(f) if isinstance(policy, Policy) else f
         allowed, must_match = rules.apply(templates, encoded, wanted, prepared, not own_order)
-        output = self.model.generate(
+        output = generate_from(
+            self.model,
+            [own.encoded for own in sought],
             ids,
-            factorization=f,
-            policy=policy,
+            f,
+            policy,
             generator=None if generator is None else generators,
             eos_token_id=(),
             allowed_tokens=allowed,

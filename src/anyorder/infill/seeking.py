@@ -29,6 +29,7 @@ from anyorder.infill.lengths import AUTO, NEUTRAL, LengthPrior, Tries
 from anyorder.infill.lookahead import Found, Gap, Part, look_ahead
 from anyorder.infill.template import Template
 from anyorder.model.compatibility import context_length
+from anyorder.model.kv_cache import KeyValueStore
 from anyorder.modeling import AnyOrderForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class Sought:
     """Of each blank that is a choice."""
     forwards: int
     """Of the model, for all texts of the batch together."""
+    encoded: KeyValueStore | None
+    """Keys and values of the first known tokens, at the lengths found."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Seeker:
             for text, found in zip(texts, first, strict=True)
         ]
         decisions, more = decide(self.model, self._blanks, undecided, temperature)
-        last, most = self._look_ahead(texts, [bool(text.sought) for text in texts], decisions)
+        last, most = self._look_ahead(texts, [bool(text.sought) for text in texts], decisions, keep=True)
         forwards += more + most
         return [
             Sought(
@@ -128,6 +131,7 @@ class Seeker:
                 {k: {n: math.exp(share) for n, share in found.log_shares[k].items()} for k in text.sought},
                 decided,
                 forwards,
+                found.encoded,
             )
             for text, found, decided in zip(texts, last, decisions, strict=True)
         ]
@@ -181,7 +185,11 @@ class Seeker:
         return tried[:1]
 
     def _look_ahead(
-        self, texts: Sequence[_Text], wanted: Sequence[bool], decisions: Sequence[dict[int, Decision]]
+        self,
+        texts: Sequence[_Text],
+        wanted: Sequence[bool],
+        decisions: Sequence[dict[int, Decision]],
+        keep: bool = False,
     ) -> tuple[list[Found], int]:
         """What was found for the texts that want it; nothing for the others."""
         chosen = [n for n, wants in enumerate(wanted) if wants]
@@ -189,7 +197,8 @@ class Seeker:
         if not chosen:
             return out, 0
         parts = [self._parts(texts[n], decisions[n]) for n in chosen]
-        found, forwards = look_ahead(self.model, parts, self.prior, context_length(self.model.causal_lm.config))
+        limit = context_length(self.model.causal_lm.config)
+        found, forwards = look_ahead(self.model, parts, self.prior, limit, keep)
         for n, own in zip(chosen, found, strict=True):
             out[n] = own
         return out, forwards
