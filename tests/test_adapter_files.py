@@ -170,7 +170,7 @@ def test_pushing_an_adapter_writes_it_here_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "format version 99, this anyorder reads up to 1: install a newer one"),
+        ({"format_version": 99}, "format version 99, this anyorder reads up to 2: install a newer one"),
         ({"adapter": {"kind": "gated", "rank": 2, "warp": 9}}, r"fields that this version does not know \(warp\)"),
         ({"recipee": "paper"}, "unknown field 'recipee' of the config; did you mean 'recipe'"),
     ],
