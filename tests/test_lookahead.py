@@ -169,3 +169,13 @@ def test_compiled_steps_and_the_paper_recipe_take_nothing_over(byte_tokenizer, m
         found = made(kind, byte_tokenizer)(TEXTS[0], length=LENGTHS, compile=True)
         assert firsts[0] == 1 + len(found.ids) - sum(span.tokens for span in found.spans)
         assert_alike([found], [made(kind, byte_tokenizer)(TEXTS[0], length=LENGTHS)])
+
+
+def test_many_short_blanks_take_fewer_forwards_and_hold_the_same_tokens(infiller):
+    text = " b ".join(["a ___"] * 8)
+    drafted, plain = infiller(text, length=1), infiller(text, length=1, policy=policies.groupwise())
+    assert drafted.ids == plain.ids
+    assert drafted.log_prob == pytest.approx(plain.log_prob, abs=1e-4)
+    assert drafted.forwards < plain.forwards
+    few = " b ".join(["a ___"] * 3)
+    assert infiller(few, length=1).forwards == infiller(few, length=1, policy=policies.groupwise()).forwards

@@ -24,7 +24,7 @@ from anyorder.core.rng import Generators, row_generators
 from anyorder.decoding.constraints import Automata, Constraint
 from anyorder.decoding.events import Watcher
 from anyorder.decoding.generate import generate_from
-from anyorder.decoding.policies import Policy
+from anyorder.decoding.policies import Policy, speculative
 from anyorder.decoding.sampling import DRAWING, does_sample
 from anyorder.infill.chat import chat_prefix
 from anyorder.infill.encoding import Blanks, Encoded, by_blank, check_context, pad
@@ -37,6 +37,8 @@ from anyorder.infill.token_rules import TokenRules
 from anyorder.model.compatibility import context_length
 from anyorder.modeling import AnyOrderForCausalLM
 
+MANY = 4
+"""Blanks from which on short ones are drafted."""
 _PASSED_ON = ("do_sample", *DRAWING, "repetition_penalty", "compile")
 
 
@@ -132,7 +134,8 @@ class Infiller:
             watch: is told of each step, such as a `trace.Recorder`.
             group_size: tokens predicted at a step, default 1.
             order: "left_to_right" (default) or "random" order of the blank positions.
-            policy: see `policies`; default: the groups of that order.
+            policy: see `policies`; default: the groups of that order. Many short blanks that are filled with the
+                likeliest tokens from left to right are drafted, which changes no token.
             special_tokens: allow special tokens inside a blank, default False.
             generator: one, or one a text: of the random order and of the draws. A text's result does not depend on
                 the others.
@@ -190,6 +193,8 @@ class Infiller:
         f = Factorization.infill(is_open, group_size, order, generators, attention_mask=mask)
         if blank_order is not None:
             f = by_blank(f, blanks, blank_order, [template.blanks for template in templates], order, group_size)
+        if policy is None and not do_sample and order == "left_to_right" and group_size == 1:
+            policy = _drafted(is_open, blanks)
         own_order = isinstance(policy, Policy) and not policy.keeps_order
         prepared = policy.prepare(f) if isinstance(policy, Policy) else f
         allowed, must_match = rules.apply(templates, encoded, wanted, prepared, not own_order)
@@ -250,6 +255,13 @@ class Infiller:
             sum(span.log_prob for span in spans),
             forwards + sought.forwards,
         )
+
+
+def _drafted(is_open: Tensor, blanks: Tensor) -> Policy | None:
+    """A policy of fewer forwards for (B, T) open positions in numbered blanks: what the next blanks hold hardly depends
+    on this one, so drafts of them pass; those of the same blank pass too seldom."""
+    tokens, count = int(is_open.sum()), int((blanks.amax(dim=1) + 1).sum())
+    return speculative(draft="query", draft_length=4) if count >= MANY and tokens <= 2 * count else None
 
 
 def _for_each_blank(
