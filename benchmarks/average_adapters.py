@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-FILES = ("adapter_model.safetensors", "query_embedding.safetensors")
+FILES = ("adapter_model.safetensors", "query_embedding.safetensors", "coupling.safetensors")
+"""Of an adapter; the last of those that are coupled."""
 
 
 def main() -> None:
@@ -36,6 +37,11 @@ def average(adapters: list[Path], output: Path) -> None:
         raise ValueError(f"{output} exists: choose another directory")
     means = {}
     for file in FILES:
+        have = [(directory / file).is_file() for directory in adapters]
+        if any(have) and not all(have):
+            raise ValueError(f"{adapters[have.index(False)]} has no {file}, others have: their mean means nothing")
+        if not any(have):
+            continue
         parts = [load_file(directory / file) for directory in adapters]
         shapes = [{name: tensor.shape for name, tensor in part.items()} for part in parts]
         for directory, own in zip(adapters, shapes, strict=True):

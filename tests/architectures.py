@@ -85,7 +85,10 @@ REFUSED: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
 def base_model(architecture: str, vocabulary: int = VOCABULARY, seed: int = 0, **sizes: int) -> PreTrainedModel:
     """A fresh random base model in evaluation mode, with weights large enough for its logits to differ."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture](vocab_size=vocabulary, **sizes))
+    config = CONFIGS[architecture](vocab_size=vocabulary, **sizes)
+    # Older transformers choose SDPA for caps on attention's scores too, and leave them out.
+    own = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = AutoModelForCausalLM.from_config(config, **own)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)

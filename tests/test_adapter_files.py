@@ -154,6 +154,8 @@ def test_pushing_an_adapter_writes_it_here_too(tmp_path, monkeypatch):
         uploaded[repo] = sorted(path.name for path in Path(folder).iterdir())
 
     monkeypatch.setattr(AnyOrderForCausalLM, "_upload_modified_files", upload)
+    made = "transformers.utils.hub.create_repo"  # of older versions
+    monkeypatch.setattr(made, lambda repo, **k: SimpleNamespace(repo_id=repo), raising=False)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo, **k: SimpleNamespace(repo_id=repo))
     card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
     monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *a, **k: card)
