@@ -229,6 +229,7 @@ def test_a_gate_on_what_lies_outside_the_decoders_layers_is_refused(name):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # of peft 0.19
 def test_an_ungated_adapter_may_stand_on_the_head():
     model = AnyOrderForCausalLM.from_causal_lm(
         base_model("llama"), adapter=Adapter("lora", rank=2, target_modules=["lm_head"])
