@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from functools import cache
 
@@ -195,3 +196,27 @@ def test_ngrams_are_found_where_the_text_repeats_itself():
 def test_mistakes_in_speculative(options, message):
     with pytest.raises(ValueError, match=message):
         policies.speculative(**options)
+
+
+def test_rows_are_prepared_for_what_is_likely_and_results_are_the_same(monkeypatch):
+    """Which numbers of accepted drafts are prepared for depends on a row's own drafts, and changes no greedy token."""
+    module = importlib.import_module("anyorder.decoding.policies.speculative")  # the package has a function of its name
+    model, order = converted("llama"), Factorization.stack([Factorization.random(T, 1, generator=generator(1))] * 3)
+    policy, rows, found = policies.speculative(draft="query", draft_length=4), [], []
+    decode = type(model).decode
+    monkeypatch.setattr(
+        type(model), "decode", lambda self, ids, *more: rows.append(ids.shape[1]) or decode(self, ids, *more)
+    )
+    for likely in (0.0, 0.2):
+        monkeypatch.setattr(module, "LIKELY", likely)
+        rows.append(0)
+        found.append(run(model, IDS, order, policy=policy))
+        alone = [
+            run(model, IDS[b : b + 1], Factorization.random(T, 1, generator=generator(1)), policy=policy)
+            for b in range(3)
+        ]
+        assert all(torch.equal(one.sequences[0], found[-1].sequences[b]) for b, one in enumerate(alone))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    start = [n for n, count in enumerate(rows) if not count]
+    every, some = rows[: start[1]], rows[start[1] :]
+    assert max(some) < max(every)

@@ -42,7 +42,7 @@ class DraftSource(ABC):
     """Makes the drafts of the next round."""
 
     @abstractmethod
-    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor) -> list[Queries]:
+    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor, worth: Tensor) -> list[Queries]:
         """What it needs evaluated in the forward that verifies `drafts`, however many of them will be accepted.
 
         Args:
@@ -50,6 +50,7 @@ class DraftSource(ABC):
                 verified (one more from position to position).
             drafts: those that are verified.
             wanted: (B,) how many each row should get next.
+            worth: (B, K + 1) bool: numbers of accepted drafts that are likely enough to prepare for.
         """
 
     @abstractmethod
@@ -58,17 +59,18 @@ class DraftSource(ABC):
 
 
 class QueryDrafts(DraftSource):
-    """The query stream's own predictions: for each number of drafts that may be accepted, what it would predict for
+    """The query stream's own predictions: for numbers of drafts that may well be accepted, what it would predict for
     the positions behind the next token. The rows cannot see it yet; coupled drafts know it, and each other."""
 
-    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor) -> list[Queries]:
+    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor, worth: Tensor) -> list[Queries]:
         most = int(wanted.max())
         out = []
         for accepted in range(drafts.tokens.shape[1] + 1):
             place = slice(accepted + 1, accepted + 1 + most)
             columns = order.columns[:, place]
             offset = torch.arange(columns.shape[1])
-            used = order.used[:, place] & (offset < wanted[:, None]) & (accepted <= drafts.counts)[:, None]
+            prepared = (accepted <= drafts.counts) & worth[:, accepted]
+            used = order.used[:, place] & (offset < wanted[:, None]) & prepared[:, None]
             out.append(Queries(columns, used, order.hi[:, accepted : accepted + 1].expand_as(columns)))
         return out
 
@@ -97,7 +99,7 @@ class StateDrafts(DraftSource):
     """What a small network makes of the row that predicted the round's own token; costs no row of the forward, and
     needs no adapter."""
 
-    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor) -> list[Queries]:
+    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor, worth: Tensor) -> list[Queries]:
         return []
 
     def propose(self, run: Run, verified: Round) -> Drafts:
@@ -130,7 +132,7 @@ def _drafts(run: Run, used: Tensor, drawn: Drawn) -> Drafts:
 class NgramDrafts(DraftSource):
     """What followed the same few tokens elsewhere in the visible text; costs no row of the forward."""
 
-    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor) -> list[Queries]:
+    def rows(self, order: Queries, drafts: Drafts, wanted: Tensor, worth: Tensor) -> list[Queries]:
         return []
 
     def propose(self, run: Run, verified: Round) -> Drafts:
