@@ -23,7 +23,8 @@ STORIES = (
 
 def test_its_files_come_with_the_package():
     assert sources.shipped() == [NAME]
-    assert (DIRECTORY / "adapter_model.safetensors").stat().st_size < 40_000_000
+    weights = ("adapter_model.safetensors", "coupling.safetensors", "query_embedding.safetensors")
+    assert sum((DIRECTORY / name).stat().st_size for name in weights) < 50_000_000
     card = (DIRECTORY / "README.md").read_text()
     for word in ("license: apache-2.0", "TinyStories", "tokens", "anyorder adapt", "Limits"):
         assert word in card
@@ -64,5 +65,6 @@ def test_both_sides_help_and_groups_are_learned(shipped, smollm2):
 def test_it_is_loaded_by_name_with_its_base_models_tokenizer(smollm2):
     model, tokenizer = load(NAME, dtype=torch.float32)
     assert model.config.adapter["kind"] == "gated"
+    assert model.coupling.drafts is not None
     assert tokenizer.get_vocab() == smollm2[1].get_vocab()
     assert Infiller(model, tokenizer)("The cat ___ on the mat.", length=2).text.endswith(" on the mat.")
