@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 
@@ -17,3 +18,14 @@ def check_options(given: Iterable[str], function: Callable[..., Any], *more: str
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
             raise ValueError(f"unknown option {name!r}; {hint}")
+
+
+def check_saved_fields(fields: Collection[str], cls: type[Any], what: str) -> None:
+    """Raise ValueError for a saved field that the dataclass does not have."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{what} has fields that this version does not know ({', '.join(unknown)}); known: "
+            f"{', '.join(known)}; a newer anyorder may have written them"
+        )

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from anyorder.core.options import check_saved_fields
 from anyorder.model import gates
 
 if TYPE_CHECKING:
@@ -69,13 +70,7 @@ class Adapter:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Adapter:
         """The adapter of a saved config; ValueError for a field that this version does not know."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(fields.keys() - set(known))
-        if unknown:
-            raise ValueError(
-                f"the adapter has fields that this version does not know ({', '.join(unknown)}); known: "
-                f"{', '.join(known)}; a newer anyorder may have written them"
-            )
+        check_saved_fields(fields, cls, "the adapter")
         return cls(**fields)
 
     def lora_config(self) -> LoraConfig:

@@ -126,7 +126,7 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         """Add a coupling of groups, which changes nothing until it is trained.
 
         Raises:
-            ValueError: if the model has one, or its head is no layer of weights.
+            ValueError: if the model has one.
         """
         if self.coupling is not None:
             raise ValueError(f"the model has a coupling of its own, {self.config.coupling}: train that one")
@@ -213,12 +213,13 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
             return hidden[row.to(hidden.device), place.to(hidden.device)]
 
         found = Predictions(states(row, layout.logit_rows[predicted]), predicted.to(hidden.device))
-        own = layout.taught[predicted]
-        has = (own >= 0) if taught and self._has_base_rows else torch.zeros_like(own, dtype=torch.bool)
+        taught = taught and self._has_base_rows
+        own = layout.taught[predicted] if taught else torch.full_like(row, -1)
+        has = own >= 0
         if self.coupling is not None:
             firsts = states(row[has], layout.group_starts[predicted][has] - 1)
             found = self._coupled(found, ids, layout, has, firsts)
-        if taught and self._has_base_rows:
+        if taught:
             teacher = states(row[has], own[has]).detach()
             found = dataclasses.replace(found, taught=has.to(hidden.device), teacher=teacher)
         return found

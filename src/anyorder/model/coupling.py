@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anyorder.core.options import check_saved_fields
+
 DISTANCES = (1, 2, 3, 4, 8, 16, 64)
 """Tokens so far away or nearer share their weights, from the next smaller number on; those farther away the last."""
 
@@ -61,13 +63,7 @@ class Coupling:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Coupling:
         """The coupling of a saved config; ValueError for a field that this version does not know."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(fields.keys() - set(known))
-        if unknown:
-            raise ValueError(
-                f"the coupling has fields that this version does not know ({', '.join(unknown)}); known: "
-                f"{', '.join(known)}; a newer anyorder may have written them"
-            )
+        check_saved_fields(fields, cls, "the coupling")
         return cls(**fields)
 
 
