@@ -231,6 +231,17 @@ def test_the_trained_distance_is_kl_from_the_base_and_its_gradient_autograds():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
 
 
+def test_in_mixed_precision_losses_are_those_of_float32():
+    model, order = couple(gated("llama")).train(), repeated(Factorization.left_to_right(T, group_size=4), 3)
+    expected = model(IDS, order, labels=IDS, taught=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(IDS, order, labels=IDS, taught=True)
+    assert output.loss.dtype == output.token_losses.dtype == torch.float32
+    torch.testing.assert_close(output.loss, expected.loss, atol=0, rtol=2e-2)
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 def test_without_a_frozen_base_nothing_is_taught():
     model, order = coupled("llama"), repeated(Factorization.left_to_right(T, group_size=4), 3)
     plain, taught = (model(IDS, order, labels=IDS, taught=flag).loss for flag in (False, True))

@@ -126,9 +126,8 @@ class Predictor:
             return losses, losses.detach()
         ids, taught = targets.to(found.hidden.device)[found.where], found.taught
         alone = negative_log_likelihoods(self.causal_lm, found.hidden[~taught], ids[~taught])
-        apart, losses = _divergences(self.causal_lm, found.hidden[taught], ids[taught], found.teacher)
-        if found.drafts is not None:
-            apart = apart + _divergences(self.causal_lm, found.drafts, ids[taught], found.teacher)[0]
+        students = [found.hidden[taught]] + ([] if found.drafts is None else [found.drafts])
+        apart, losses = _divergences(self.causal_lm, students, ids[taught], found.teacher)
         trained, reported = alone.new_zeros(len(ids)), alone.new_zeros(len(ids))
         trained = trained.index_put((~taught,), alone).index_put((taught,), apart)
         reported[~taught], reported[taught] = alone.detach(), losses
@@ -159,7 +158,7 @@ def negative_log_likelihoods(causal_lm: PreTrainedModel, hidden: Tensor, targets
         return torch.cat([checkpoint(chunk, states, ids, use_reentrant=False) for states, ids in pairs])
 
     if not hidden.shape[0]:
-        return hidden.sum() * hidden.new_zeros(0)
+        return (hidden.sum() * hidden.new_zeros(0)).float()
     head = cast(nn.Module, causal_lm.get_output_embeddings())
     return _as_one_call(head, chunks, hidden) if isinstance(head, FSDPModule) else chunks(hidden)
 
@@ -174,12 +173,20 @@ def _as_one_call(module: nn.Module, function: Callable[[Tensor], Tensor], inputs
         del module.forward
 
 
-def _divergences(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) KL(teacher || student) of (N, E) hidden states each, and the student's losses, without gradient."""
-    size = CHUNK if hidden.device.type == "cpu" else CHUNK_ON_DEVICE
-    parts = zip(hidden.split(size), targets.split(size), teacher.split(size), strict=True)
-    pairs = [_FrozenHeadLoss.apply(states, ids, causal_lm, base) for states, ids, base in parts]
-    apart, losses = zip(*pairs, strict=True)
+def _divergences(
+    causal_lm: PreTrainedModel, students: list[Tensor], targets: Tensor, teacher: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(N,) the sum of KL(teacher || student) over students of (N, E) hidden states each, and the losses of the first
+    student, without gradient; (N, E) hidden states of the teacher."""
+    size = CHUNK if teacher.device.type == "cpu" else CHUNK_ON_DEVICE
+    apart, losses = [], []
+    for ids, base, *states in zip(*(t.split(size) for t in (targets, teacher, *students)), strict=True):
+        log_q = logits_of(causal_lm, base).float().log_softmax(dim=-1)
+        q = log_q.exp()
+        known = q, log_q.mul_(q).sum(dim=-1)  # no second tensor of that size: chunks are as large as memory is fast
+        found = [_FrozenHeadLoss.apply(student, ids, causal_lm, known) for student in states]
+        apart.append(torch.stack([distance for distance, _ in found]).sum(dim=0))
+        losses.append(found[0][1])
     return torch.cat(apart), torch.cat(losses)
 
 
@@ -187,33 +194,33 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """Each loss depends on its own hidden state alone, so its gradient needs no logits once it is made.
 
     By the logits it is p - q, q being 1 at the target or the teacher's distribution, from one softmax; autograd would
-    keep three more tensors of their size.
+    keep three more tensors of their size. `known` is that distribution, (N, V), and the negative of its entropy, (N,).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, ids: Tensor, causal_lm: PreTrainedModel, teacher: Tensor | None
+        ctx: Any, states: Tensor, ids: Tensor, causal_lm: PreTrainedModel, known: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             states = states.detach().requires_grad_()
             logits = logits_of(causal_lm, states)
         counts = ids != -100
         target = ids.where(counts, 0)[:, None]
-        p = logits.detach().softmax(dim=-1, dtype=torch.float32)
-        # The greatest p is never 0, so neither is its logarithm lost, as a small target's own would be.
-        log_sum = logits.detach().amax(dim=-1).float() - p.amax(dim=-1).log()
-        losses = (log_sum - logits.detach().gather(1, target)[:, 0].float()) * counts
-        if teacher is None:
-            trained = losses.clone()
-            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand(len(ids), 1))
-        else:
-            log_q = logits_of(causal_lm, teacher).float().log_softmax(dim=-1)
-            q = log_q.exp()
-            log_p = logits.detach().float() - log_sum[:, None]
-            trained = torch.einsum("nv,nv->n", q, log_q.sub_(log_p)) * counts
-            p -= q
-        p *= counts[:, None]
-        (gradient,) = torch.autograd.grad(logits, states, p.to(logits.dtype))
+        with torch.autocast(logits.device.type, enabled=False):  # it would round sums over the vocabulary
+            scores = logits.detach().float()
+            p = scores.softmax(dim=-1)
+            # The greatest p is never 0, so neither is its logarithm lost, as a small target's own would be.
+            log_sum = scores.amax(dim=-1) - p.amax(dim=-1).log()
+            losses = (log_sum - scores.gather(1, target)[:, 0]) * counts
+            if known is None:
+                trained = losses.clone()
+                p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand(len(ids), 1))
+            else:
+                q, negative_entropy = known
+                trained = (negative_entropy + log_sum - torch.einsum("nv,nv->n", q, scores)) * counts
+                p -= q
+            p *= counts[:, None]
+            (gradient,) = torch.autograd.grad(logits, states, p.to(logits.dtype))
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses)
         return trained, losses
