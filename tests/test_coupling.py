@@ -118,7 +118,9 @@ def test_sampled_groups_are_distributed_as_they_are_scored(case):
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-@pytest.mark.parametrize(("architecture", "draft"), [("llama", "query"), ("llama", "state"), ("gemma2", "state")])
+@pytest.mark.parametrize(
+    ("architecture", "draft"), [("llama", "query"), ("llama", "state"), ("gemma2", "state"), ("llama", "auto")]
+)
 def test_coupled_drafts_change_no_distribution(architecture, draft, greedy):
     model, plain = coupled(architecture, vocabulary=4), converted(architecture, vocabulary=4)
     order = Factorization.from_groups([[0, 3], [1, 2], [4, 5]])

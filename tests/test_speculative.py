@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies
+from anyorder.decoding.draw import Drafts
+from anyorder.decoding.engine import Queries
+from anyorder.decoding.policies import drafts
 from anyorder.decoding.sampling import AllowedTokens, Sampler
 from anyorder.model.adapters import Adapter
 from architectures import ARCHITECTURES, RECIPES, VOCABULARY, base_model, converted
@@ -57,6 +60,7 @@ CASES = {
         ("left to right", "query", "auto", {}),
         ("gaps", "ngram", 2, {}),
         ("left to right", "ngram", "auto", {"top_p": 0.9}),
+        ("gaps", "auto", 3, {}),
     ],
 )
 def test_speculative_samples_are_distributed_as_one_at_a_time(case, draft, length, sampling):
@@ -76,7 +80,7 @@ def test_speculative_samples_are_distributed_as_one_at_a_time(case, draft, lengt
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("draft", ["query", "ngram"])
+@pytest.mark.parametrize("draft", ["query", "ngram", "auto"])
 @given(
     parts=st.lists(rows(max_length=T), min_size=1, max_size=3),
     length=st.sampled_from([1, 2, 5, "auto"]),
@@ -118,7 +122,7 @@ def test_speculative_with_a_gated_adapter_is_the_base_models_own():
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    for draft in ("query", "ngram"):
+    for draft in ("query", "ngram", "auto"):
         policy = policies.speculative(draft=draft, draft_length=3)
         output = model.generate(
             IDS[:, :5], max_new_tokens=14, policy=policy, eos_token_id=(), return_dict_in_generate=True
@@ -145,7 +149,7 @@ def test_speculative_keeps_to_forced_and_allowed_tokens():
     masks = torch.zeros(2, VOCABULARY, dtype=torch.bool)
     masks[0, ::2], masks[1, 1::2] = True, True
     allowed = AllowedTokens(masks, (torch.arange(T) % 2).expand(3, T))
-    for draft in ("query", "ngram"):
+    for draft in ("query", "ngram", "auto"):
         policy = policies.speculative(draft=draft, draft_length=2)
         output = run(model, IDS, order, policy=policy, allowed_tokens=allowed, temperature=2.0, generator=generator(3))
         drawn = output.steps >= 0
@@ -165,10 +169,40 @@ def test_speculative_stops_at_an_end_as_one_at_a_time_does():
 def test_repetition_penalty_sees_drafts_as_they_are_read():
     model, order = converted("llama"), Factorization.left_to_right(T)
     plain = run(model, IDS, Factorization.stack([order] * 3), repetition_penalty=3.0)
-    for draft in ("query", "ngram"):
+    for draft in ("query", "ngram", "auto"):
         policy = policies.speculative(draft=draft, draft_length=4)
         output = run(model, IDS, Factorization.stack([order] * 3), repetition_penalty=3.0, policy=policy)
         assert torch.equal(output.sequences, plain.sequences)
+
+
+def test_the_source_that_pays_best_is_taken_by_each_row_for_itself():
+    order = Queries(torch.arange(4).expand(2, 4), torch.ones(2, 4, dtype=torch.bool), torch.arange(4).expand(2, 4))
+    best = drafts.BestDrafts([drafts.NgramDrafts(), drafts.QueryDrafts()], rows=2, row_cost=0.5)
+    wanted, worth = torch.full((2,), 2), torch.ones(2, 1, dtype=torch.bool)
+    none, taken = Drafts.none(2), []
+    for _ in range(30):
+        asked = best.rows(order, none, wanted, worth)
+        taken.append(best.chosen.tolist())
+        assert (sum(queries.used.sum(1) for queries in asked) == 2 * best.chosen).all()  # none for n-grams
+        best.drafted_by, best.spent = best.chosen, 2 + best.asked
+        passed = torch.stack(
+            [best.chosen[0] * 2, 1 - best.chosen[1]]
+        )  # query drafts in the first row, others in the second
+        best._record(passed)
+    assert taken[0] == [0, 0]
+    assert {row[0] for row in taken} == {row[1] for row in taken} == {0, 1}  # both are tried
+    assert taken[-10:] == [[1, 0]] * 10
+
+
+def test_a_source_that_never_passes_pays_for_its_rows():
+    """Left to itself, `auto` comes to rows that cost nothing where neither source is any good."""
+    best = drafts.BestDrafts([drafts.QueryDrafts(), drafts.NgramDrafts()], rows=1, row_cost=0.1)
+    order = Queries(torch.arange(4)[None], torch.ones(1, 4, dtype=torch.bool), torch.arange(4)[None])
+    for _ in range(40):
+        best.rows(order, Drafts.none(1), torch.full((1,), 2), torch.ones(1, 1, dtype=torch.bool))
+        best.drafted_by, best.spent = best.chosen, best.asked
+        best._record(torch.zeros(1, dtype=torch.int64))
+    assert best.chosen.tolist() == [1]
 
 
 def test_ngrams_are_found_where_the_text_repeats_itself():
@@ -188,7 +222,7 @@ def test_ngrams_are_found_where_the_text_repeats_itself():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft": "oracle"}, "draft must be one of query, state, ngram, got 'oracle'"),
+        ({"draft": "oracle"}, "draft must be one of auto, state, query, ngram, got 'oracle'"),
         ({"draft_length": 0}, "draft_length must be a whole number, at least 1, or 'auto', got 0"),
         ({"draft_len": 2}, "did you mean 'draft_length'"),
     ],

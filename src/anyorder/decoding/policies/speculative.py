@@ -23,10 +23,19 @@ from anyorder.core.factorization import Factorization
 from anyorder.decoding.draw import Drafts
 from anyorder.decoding.engine import Queries, Run, Scheduler, Step
 from anyorder.decoding.policies.base import Policy
-from anyorder.decoding.policies.drafts import DraftSource, NgramDrafts, QueryDrafts, Round, StateDrafts
+from anyorder.decoding.policies.drafts import (
+    FREE_ROW_COST,
+    ROW_COST,
+    BestDrafts,
+    DraftSource,
+    NgramDrafts,
+    QueryDrafts,
+    Round,
+    StateDrafts,
+)
 
 _LATER = torch.iinfo(torch.int64).max
-_SOURCES: dict[str, type[DraftSource]] = {"query": QueryDrafts, "state": StateDrafts, "ngram": NgramDrafts}
+_SOURCES: dict[str, type[DraftSource]] = {"state": StateDrafts, "query": QueryDrafts, "ngram": NgramDrafts}
 LIKELY = 0.2
 """How likely a number of accepted drafts must be for the rows that prepare for it, where rows cost time: K rows of some
 3 ms against a forward of some 60 (SmolLM2-135M, two cores with AVX2) that half a draft or more saves."""
@@ -42,7 +51,8 @@ class Speculative(Policy):
         draft: "ngram": what followed the same tokens elsewhere in the text, which costs next to nothing and pays on
             code and repetition; "state": a small network of the state that predicted the last token, for models whose
             coupling has one; "query": the model's own query rows guess, which makes a forward about twice as dear and
-            pays if the model is good at groups.
+            pays if the model is good at groups; "auto": of those that the model has, for each row and round the one
+            that has given this row most tokens for what its rows cost on this kind of device.
         draft_length: guesses a round; or "auto": each row one more after all of its guesses were accepted, one fewer
             after less than half of them were.
 
@@ -54,12 +64,12 @@ class Speculative(Policy):
     """
 
     keeps_order: ClassVar[bool] = True
-    draft: Literal["query", "state", "ngram"] = "ngram"
+    draft: Literal["auto", "query", "state", "ngram"] = "ngram"
     draft_length: int | Literal["auto"] = 2
 
     def __post_init__(self) -> None:
-        if self.draft not in _SOURCES:
-            raise ValueError(f"draft must be one of {', '.join(_SOURCES)}, got {self.draft!r}")
+        if self.draft not in ("auto", *_SOURCES):
+            raise ValueError(f"draft must be one of auto, {', '.join(_SOURCES)}, got {self.draft!r}")
         length = self.draft_length
         if length != "auto" and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
             raise ValueError(f"draft_length must be a whole number, at least 1, or 'auto', got {length!r}")
@@ -68,13 +78,26 @@ class Speculative(Policy):
         return factorization.regroup(1)
 
     def scheduler(self, run: Run) -> Scheduler:
-        coupling = run.runner.model.coupling
-        if self.draft == "state" and (coupling is None or coupling.drafts is None):
+        if self.draft == "state" and not _drafts_states(run):
             raise ValueError(
                 "draft='state' needs a model whose coupling drafts: train one with `anyorder adapt --coupling-only`, "
                 "or use draft='ngram'"
             )
         return SpeculativeScheduler(self, run)
+
+
+def _drafts_states(run: Run) -> bool:
+    coupling = run.runner.model.coupling
+    return coupling is not None and coupling.drafts is not None
+
+
+def _source(draft: str, run: Run) -> DraftSource:
+    """The source of a run's drafts."""
+    if draft != "auto":
+        return _SOURCES[draft]()
+    sources = [kind() for name, kind in _SOURCES.items() if name != "state" or _drafts_states(run)]
+    row_cost = ROW_COST.get(run.runner.model.query_embedding.device.type, FREE_ROW_COST)
+    return BestDrafts(sources, len(run.ids), row_cost)
 
 
 class SpeculativeScheduler(Scheduler):
@@ -85,7 +108,7 @@ class SpeculativeScheduler(Scheduler):
         B = len(run.ids)
         self.auto = policy.draft_length == "auto"
         length = 2 if policy.draft_length == "auto" else policy.draft_length
-        self.source = _SOURCES[policy.draft]()
+        self.source = _source(policy.draft, run)
         self.wanted = torch.full((B,), length)
         self.drafts = Drafts.none(B)
         self.passed, self.tried = torch.full((B,), 3.0), torch.full((B,), 4.0)  # drafts, as if these had been before
