@@ -4,7 +4,7 @@
 
 What a user may say is what the model writes where a user's message stands (as in Magpie, arXiv 2406.08464); then it
 answers. Nothing but the model's own text comes in, so its licence is that of the model. A message that was written
-before, or that has no end within its length, is left out.
+before, or that has no end within its length, is left out; an answer that has none is kept as far as it goes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="with a chat template; default: smollm2-135m")
     parser.add_argument("--output", type=Path, required=True, help="file to write, .jsonl of {text}")
     parser.add_argument("--characters", type=int, default=300_000, help="in all; default: 300000")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--longest", type=int, nargs=2, default=(64, 256), help="tokens of message and answer")
+    parser.add_argument("--top-k", type=int, default=100)
+    parser.add_argument("--longest", type=int, nargs=2, default=(64, 128), help="tokens of message and answer")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -44,8 +44,8 @@ def main() -> None:
             seen.update(new)
             prompts = [template(tokenizer, message, answered=False) for message in new]
             for prompt, answer in zip(prompts, continued(model.causal_lm, tokenizer, prompts, options), strict=True):
+                text = prompt + answer
                 if answer:
-                    text = prompt + answer + tokenizer.eos_token
                     out.write(json.dumps({"text": text}) + "\n")
                     written += len(text)
                     bar.update(len(text))
@@ -63,7 +63,8 @@ def before_the_user(tokenizer: Any) -> str:
 
 @torch.inference_mode()
 def continued(causal_lm: Any, tokenizer: Any, prompts: str | list[str], options: argparse.Namespace) -> list[str]:
-    """What the model writes behind each prompt up to the end of the turn; empty where it does not come to one."""
+    """What the model writes behind each prompt: a message without the end of its turn, empty where it has none; an
+    answer with it, or without where it has none."""
     is_message = isinstance(prompts, str)
     texts = [prompts] * options.batch_size if isinstance(prompts, str) else prompts
     if not texts:
@@ -72,13 +73,15 @@ def continued(causal_lm: Any, tokenizer: Any, prompts: str | list[str], options:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     longest = options.longest[0 if is_message else 1]
-    made = causal_lm.generate(**batch, do_sample=True, temperature=options.temperature, top_p=options.top_p, top_k=0,
+    made = causal_lm.generate(**batch, do_sample=True, temperature=options.temperature, top_k=options.top_k, top_p=1.0,
                               max_new_tokens=longest)[:, batch["input_ids"].shape[1] :]  # fmt: skip
     out = []
     for ids in made.tolist():
-        ends = [n for n, token in enumerate(ids) if token == tokenizer.eos_token_id]
-        text = tokenizer.decode(ids[: ends[0]], skip_special_tokens=False) if ends else ""
-        out.append(text.strip() if is_message else text)
+        end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else None
+        if is_message:
+            out.append("" if end is None else tokenizer.decode(ids[:end]).strip())
+        else:
+            out.append(tokenizer.decode(ids if end is None else ids[: end + 1]))
     return out
 
 

@@ -60,12 +60,11 @@ def measure(
     """Nats by order, size and coupling; passes and tokens a round."""
     out: dict[str, dict[str, float]] = {}
     coupling = model.coupling
-    for kind in ["coupled", "independent"] if coupling is not None else ["independent"]:
-        model.coupling = coupling if kind == "coupled" else None
-        out[f"left to right, {kind}"] = {str(n): nats(model, pieces, stories, batch, n, False) for n in SIZES}
-        out[f"random, {kind}"] = {str(n): nats(model, pieces, others, batch, n, True) for n in SIZES}
-        out[f"drafts, {kind}"] = passes(model, pieces, stories, batch, drafts, from_state=False)
-    model.coupling = coupling
+    kinds = {"coupled": model} if coupling is not None else {}
+    for kind, one in (kinds | {"independent": model.uncoupled()}).items():
+        out[f"left to right, {kind}"] = {str(n): nats(one, pieces, stories, batch, n, False) for n in SIZES}
+        out[f"random, {kind}"] = {str(n): nats(one, pieces, others, batch, n, True) for n in SIZES}
+        out[f"drafts, {kind}"] = passes(one, pieces, stories, batch, drafts, from_state=False)
     if coupling is not None and coupling.drafts is not None:
         out["drafts, state"] = passes(model, pieces, stories, batch, drafts, from_state=True)
     return out

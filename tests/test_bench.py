@@ -17,7 +17,7 @@ from anyorder.bench.measure import Measured, measure
 from anyorder.bench.run import _policies, _prompts, _sampling
 from anyorder.cli import main
 from anyorder.decoding.policies import parse
-from architectures import converted
+from architectures import converted, couple
 
 PROMPTS = torch.randint(3, 30, (5, 6), generator=torch.Generator().manual_seed(0))
 
@@ -116,6 +116,25 @@ def test_what_was_measured_is_printed_before_anything_is_written(capsys, checkpo
     captured = capsys.readouterr()
     assert "| groupwise | 1 |" in captured.out
     assert "no space left" in captured.err
+
+
+def test_groups_are_measured_without_the_coupling_too(capsys, checkpoint, byte_tokenizer, tmp_path):
+    couple(AnyOrderForCausalLM.from_causal_lm(checkpoint)).save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    arguments = ["bench", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--prompts", "1", "--batch-size",
+                 "1", "--prompt-tokens", "6", "--new-tokens", "4", "--uncoupled", "--policies", "groupwise:size=4",
+                 "speculative"]  # fmt: skip
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "| groupwise:size=4 | 1 |" in out
+    assert "| groupwise:size=4, uncoupled | 1 |" in out
+    assert "speculative, uncoupled" not in out
+
+
+def test_without_a_coupling_there_is_nothing_to_take_away(capsys, checkpoint, tmp_path):
+    arguments = ["bench", str(tmp_path / "out"), "--model", str(checkpoint), "--uncoupled", "--prompts", "1"]
+    assert main([*arguments, "--batch-size", "1"]) == 2
+    assert "--uncoupled compares with a coupling" in capsys.readouterr().err
 
 
 def test_sampling_is_the_same_in_every_batch():

@@ -250,6 +250,16 @@ def test_without_a_frozen_base_nothing_is_taught():
     assert torch.equal(plain, taught)
 
 
+def test_uncoupled_is_the_model_without_its_coupling_and_leaves_that_alone():
+    model, order = coupled("llama"), repeated(Factorization.left_to_right(T, group_size=4), 3)
+    plain, before = model.uncoupled(), model.log_likelihood(IDS, order)
+    assert torch.equal(plain.log_likelihood(IDS, order), converted("llama").log_likelihood(IDS, order))
+    assert torch.equal(run(plain, IDS, order).sequences, run(converted("llama"), IDS, order).sequences)
+    assert model.coupling is not None
+    assert torch.equal(model.log_likelihood(IDS, order), before)
+    assert plain.causal_lm is model.causal_lm
+
+
 def test_every_parameter_gets_a_gradient_whatever_the_groups():
     """As DistributedDataParallel demands: a batch of groups of one leaves none out."""
     model = couple(gated("llama")).train()

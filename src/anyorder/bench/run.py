@@ -45,6 +45,11 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
         action="store_true",
         help="also each policy compiled, compared with one token at a time, compiled; warm-up is told apart",
     )
+    parser.add_argument(
+        "--uncoupled",
+        action="store_true",
+        help="also each policy of groups without the model's coupling, whose tokens do not know each other",
+    )
     parser.add_argument("--greedy", action="store_true", help="take the most likely tokens instead of sampling")
     parser.add_argument("--temperature", type=float, metavar="T", help="default: 1; 0 is --greedy")
     parser.add_argument("--top-p", type=float, metavar="P", help="default: 1")
@@ -81,6 +86,7 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     from anyorder.bench import report
     from anyorder.bench.decoders import AnyOrder, Foreign, HuggingFace, foreign_function
     from anyorder.bench.measure import measure
+    from anyorder.decoding import policies
 
     _check_installed(options)
     sampling = _sampling(options)
@@ -91,6 +97,12 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     ids, references = _prompts(options, texts, model, tokenizer)
     decoders: list[Decoder] = [HuggingFace(model, sampling)]
     decoders += [AnyOrder(model, policy, text, sampling) for policy, text in eager]
+    if options.uncoupled:
+        if model.coupling is None:
+            raise ValueError(f"--uncoupled compares with a coupling, and {options.model} has none: leave it out")
+        plain = model.uncoupled()
+        decoders += [AnyOrder(plain, policy, f"{text}, uncoupled", sampling) for policy, text in eager
+                     if not isinstance(policy, policies.Speculative)]  # fmt: skip
     decoders += [AnyOrder(model, policy, text, sampling, compile=True) for policy, text in compiled]
     decoders += [Foreign(function, name, model) for function, name in foreign]
     results = measure(decoders, ids, options.new_tokens, sorted(set(options.batch_size)), options.seed)

@@ -9,8 +9,9 @@ Shapes: B batch, T columns, R rows, N predictions, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,13 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         head, embedding = (cast(Tensor, of().weight) for of in (self.get_output_embeddings, self.get_input_embeddings))
         self.coupling = GroupCoupling(head.shape[1], embedding.shape[1], coupling).to(embedding.device)
         self.config.couple(dataclasses.asdict(coupling))
+
+    def uncoupled(self) -> Self:
+        """The same model, of the same parameters, in which the tokens of a group do not know each other: to compare."""
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        twin.coupling = None
+        return twin
 
     def hidden_rows(self, rows: Rows, key_positions: Tensor, store: KeyValueStore | None = None) -> Tensor:
         """The one forward: (B, R, E) final hidden states of the rows.
