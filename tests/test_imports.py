@@ -21,6 +21,7 @@ LEVELS = [
     {"modeling", "policies", "constraints", "revision"},  # the last three: public paths of what lies in decoding
     {"loading", "infill", "trace"},
     {"training"},
+    {"evaluation"},
     {"bench"},
     {"__init__"},
     {"cli"},

@@ -1,0 +1,28 @@
+"""`anyorder eval`: see `evaluation.run`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from anyorder.cli.model import add_model, load_model
+from anyorder.cli.options import add_command, positive
+from anyorder.evaluation import run as evaluation
+
+
+def add(subparsers: Any) -> None:
+    """The command's options."""
+    parser = add_command(
+        subparsers,
+        "eval",
+        _run,
+        "evaluate a model on question answering, commonsense and infilling, with intervals",
+        "anyorder eval hellaswag stories --data-dir my-data --limit 300 --out my-results",
+        "anyorder eval --compare my-results other-results",
+    )
+    evaluation.add_options(parser, positive)
+    add_model(parser)
+
+
+def _run(options: argparse.Namespace) -> None:
+    evaluation.run(options, load_model)

@@ -1,0 +1,94 @@
+"""Exact conditional likelihoods of many questions of different lengths, a few forwards for all; and their likeliest
+answers.
+
+A question is a text in pieces of which some are given, some predicted and the others absent. This module knows tokens
+and factorizations; what questions mean is the tasks' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from anyorder.core.factorization import Factorization
+from anyorder.decoding.policies import Policy
+from anyorder.infill.pieces import Pieces
+from anyorder.modeling import AnyOrderForCausalLM
+from anyorder.scoring import TOKENS_AT_ONCE, log_likelihood
+
+
+@dataclass(frozen=True)
+class Question:
+    """log P(targets | given) of one text.
+
+    Args:
+        ids: of the whole text, its start token first.
+        targets, given: positions; all others are neither read nor predicted.
+    """
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+    given: tuple[int, ...]
+
+
+def of_pieces(pieces: Pieces, parts: Sequence[str], target: int, absent: Sequence[int] = ()) -> Question:
+    """A question about one of the parts that a text is made of, given the others.
+
+    Args:
+        pieces: the tokenizer.
+        parts: the text, cut where tokens may be cut: a part brings the space in front of it.
+        target: number of the part that is predicted.
+        absent: numbers of parts that are not read.
+    """
+    ids, given = [pieces.start_token()], [0]
+    targets: list[int] = []
+    for number, part in enumerate(parts):
+        own = pieces.encode(part, at_start=len(ids) == 1)
+        where = range(len(ids), len(ids) + len(own))
+        ids += own
+        if number == target:
+            targets += where
+        elif number not in absent:
+            given += where
+    return Question(tuple(ids), tuple(targets), tuple(given))
+
+
+def to_continue(pieces: Pieces, text: str, new_tokens: int) -> Question:
+    """A text and so many tokens behind it, which are to be predicted."""
+    ids = [pieces.start_token(), *pieces.encode(text, at_start=True)]
+    return Question((*ids, *([0] * new_tokens)), tuple(range(len(ids), len(ids) + new_tokens)), tuple(range(len(ids))))
+
+
+def fill(model: AnyOrderForCausalLM, questions: Sequence[Question], policy: Policy) -> list[list[int]]:
+    """The likeliest tokens at each question's targets, under a policy, in one batch; ends are tokens like others."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(q.ids) for q in questions], batch_first=True)
+    orders = Factorization.stack([Factorization.conditional(q.targets, q.given, len(q.ids)) for q in questions])
+    made = model.generate(ids, factorization=orders, policy=policy, do_sample=False, eos_token_id=())
+    assert isinstance(made, torch.Tensor)
+    return [made[n, list(q.targets)].tolist() for n, q in enumerate(questions)]
+
+
+def answer(
+    model: AnyOrderForCausalLM, questions: Sequence[Question], group_size: int = 1, tokens_at_once: int = TOKENS_AT_ONCE
+) -> list[float]:
+    """log P of each question's targets, in nats: exact, from left to right in groups of `group_size`.
+
+    Questions of like length share a forward of at most `tokens_at_once` tokens; no result depends on the others'.
+    """
+    order = sorted(range(len(questions)), key=lambda n: len(questions[n].ids))
+    found = [0.0] * len(questions)
+    first = 0
+    while first < len(order):
+        last = first + 1
+        while last < len(order) and (last + 1 - first) * len(questions[order[last]].ids) <= tokens_at_once:
+            last += 1
+        some = [questions[n] for n in order[first:last]]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(q.ids) for q in some], batch_first=True)
+        each = [Factorization.conditional(q.targets, q.given, len(q.ids), group_size) for q in some]
+        sums = log_likelihood(model, ids, Factorization.stack(each)).double().sum(dim=1)
+        for n, value in zip(order[first:last], sums.tolist(), strict=True):
+            found[n] = value
+        first = last
+    return found

@@ -1,0 +1,131 @@
+"""`anyorder eval`: tasks, records, items, results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """Options of the command."""
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="see --list")
+    parser.add_argument("--list", action="store_true", help="the tasks, and where their records come from")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory for settings, items and reports; the same "
+                        "command goes on with what is there")  # fmt: skip
+    parser.add_argument("--data-dir", type=Path, metavar="DIR",
+                        help="of local records, named as --list says, .jsonl, .json or .csv, also as .gz; default: "
+                             "data sets of the hub")  # fmt: skip
+    parser.add_argument("--data", nargs="+", default=[], metavar="TASK=SOURCE",
+                        help="records of single tasks: a file, or owner/name[:config[:split]]")  # fmt: skip
+    parser.add_argument("--limit", type=positive, metavar="N", help="items of each task, from the first; default: all")
+    parser.add_argument("--group-size", type=positive, default=1, metavar="N",
+                        help="of what is scored, from left to right; default: 1")  # fmt: skip
+    parser.add_argument("--policy", metavar="NAME[:OPTION=VALUE,...]", default="groupwise:size=1",
+                        help="of what is generated; default: groupwise:size=1")  # fmt: skip
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N",
+                        help="items between two writes to disk; no result depends on it; default: 16")  # fmt: skip
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar="DIR", help="two runs, item by item, instead of a new one"
+    )
+
+
+def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> None:
+    """Evaluate, or compare, and print a table.
+
+    Raises:
+        ValueError: for what cannot be meant, before a model is loaded.
+    """
+    import json
+
+    from anyorder.evaluation import results
+    from anyorder.evaluation.tasks import TASKS, task_of
+
+    metrics = {name: task.metrics for name, task in TASKS.items()}
+    if options.list:
+        for name, task in TASKS.items():
+            print(f"{name:12} {task.about} [{task.file}; {task.source or 'not on the hub: --data-dir or --data'}]")
+        return
+    if options.compare is not None:
+        first, second = options.compare
+        rows = results.compare(first, second, metrics)
+        print(json.dumps(rows) if options.json else results.differences(rows, str(first), str(second)))
+        return
+    if not options.tasks or options.out is None:
+        raise ValueError("name a task and --out DIR; `anyorder eval --list` shows the tasks")
+    tasks = [task_of(name) for name in dict.fromkeys(options.tasks)]
+    read = {task.name: _read(task, options) for task in tasks}
+    items = {task.name: [task.item(record) for record in read[task.name][0]] for task in tasks}
+    settings = _settings(options, {name: fingerprint for name, (_, fingerprint) in read.items()})
+    written = results.Results(options.out, settings)
+    _evaluate(options, tasks, items, written, load)
+    report = written.report({task.name: task.metrics for task in tasks})
+    print(json.dumps(report) if options.json else results.table(report))
+
+
+def _read(task: Any, options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    from anyorder.evaluation.sources import KINDS, read_records
+
+    own = {}
+    for pair in options.data:
+        name, equals, source = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--data takes TASK=SOURCE, got {pair!r}")
+        if name not in options.tasks:
+            raise ValueError(f"--data {pair}: {name} is none of the tasks {', '.join(options.tasks)}")
+        own[name] = source
+    source = own.get(task.name)
+    if source is None and options.data_dir is not None:
+        names = [f"{task.file}{kind}{packed}" for kind in KINDS for packed in ("", ".gz")]
+        found = [options.data_dir / name for name in names if (options.data_dir / name).is_file()]
+        if not found:
+            raise ValueError(f"{options.data_dir} has no records of {task.name}: none of {', '.join(names)}")
+        source = str(found[0])
+    source = source or task.source
+    if source is None:
+        raise ValueError(f"the records of {task.name} are not on the hub: name them with --data-dir or --data")
+    records, fingerprint = read_records(source)
+    return records[: options.limit], fingerprint
+
+
+def _settings(options: argparse.Namespace, data: dict[str, str]) -> dict[str, Any]:
+    import platform
+
+    import torch
+    import transformers
+
+    import anyorder
+
+    names = ("model", "dtype", "device", "group_size", "policy", "limit", "batch_size")
+    settings = {"command": options.as_typed} | {name: getattr(options, name) for name in names}
+    settings["versions"] = {
+        "anyorder": anyorder.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip
+    return settings | {"data": data}
+
+
+def _evaluate(
+    options: argparse.Namespace, tasks: list[Any], items: dict[str, list[Any]], written: Any, load: Callable[..., Any]
+) -> None:
+    from tqdm import tqdm
+
+    from anyorder.decoding import policies
+    from anyorder.evaluation.task import Subject
+
+    policy = policies.parse(options.policy)
+    left = {task.name: len(items[task.name]) - written.done(task.name) for task in tasks}
+    if not any(left.values()):
+        return
+    model, tokenizer = load(options)
+    subject = Subject(model, tokenizer, policy, options.group_size)
+    for task in tasks:
+        every, first = items[task.name], written.done(task.name)
+        with tqdm(total=len(every), initial=first, desc=task.name, unit="item", disable=not sys.stderr.isatty()) as bar:
+            while first < len(every):
+                some = every[first : first + options.batch_size]
+                written.append(task.name, task.evaluate(subject, some))
+                first += len(some)
+                bar.update(len(some))

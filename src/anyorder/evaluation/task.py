@@ -1,0 +1,88 @@
+"""What a task is: records -> items -> numbers an item -> metrics. Knows no particular task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from anyorder.decoding.policies import Policy, groupwise
+from anyorder.evaluation.statistics import Estimate, ratio_of_sums
+from anyorder.infill.pieces import Pieces
+from anyorder.modeling import AnyOrderForCausalLM
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The sum of one field over that of another, over items; without another, the mean of the field."""
+
+    field: str
+    per: str | None = None
+    better: str = "higher"
+
+    def columns(self, results: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+        """(N,) float64 numerators and denominators of the items."""
+        top = torch.tensor([float(one[self.field]) for one in results], dtype=torch.float64)
+        if self.per is None:
+            return top, torch.ones_like(top)
+        return top, torch.tensor([float(one[self.per]) for one in results], dtype=torch.float64)
+
+    def estimate(self, results: Sequence[Mapping[str, Any]]) -> Estimate:
+        """Over results of items, with its interval."""
+        return ratio_of_sums(*self.columns(results))
+
+
+@dataclass
+class Subject:
+    """What is evaluated: a model, and how it decodes and scores.
+
+    Args:
+        model: a converted model.
+        tokenizer: the base model's.
+        policy: of what is generated.
+        group_size: of what is scored, from left to right.
+    """
+
+    model: AnyOrderForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy = field(default_factory=lambda: groupwise(1))
+    group_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.pieces = Pieces(self.tokenizer)
+
+
+class Task(ABC):
+    """One evaluation.
+
+    Attributes:
+        name: on the command line.
+        about: half a sentence.
+        source: where its records are on the hub, as owner/name:config:split; None: nowhere that is free to read.
+        file: of local records, by name without its endings, in a data directory.
+        metrics: by name.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    source: ClassVar[str | None]
+    file: ClassVar[str]
+    metrics: ClassVar[dict[str, Metric]]
+
+    @abstractmethod
+    def item(self, record: dict[str, Any]) -> Any:
+        """What is asked of a record.
+
+        Raises:
+            ValueError: naming the columns that are missing, or the value that cannot be meant.
+        """
+
+    @abstractmethod
+    def evaluate(self, subject: Subject, items: Sequence[Any]) -> list[dict[str, Any]]:
+        """Numbers and texts of each item, among them all fields of the metrics; those of an item do not depend on the
+        others."""
