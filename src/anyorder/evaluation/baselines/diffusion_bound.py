@@ -3,7 +3,8 @@
     -log P(x | given) <= E_k E_{M, |M| = k} N/k * sum_{i in M} -log p(x_i | x outside M),    k ~ U{1..N}
 
 (LLaDA, arXiv 2502.09992, appendix B.5). The right side is also the mean, over all orders of the N tokens, of the
-negative log-likelihood of one token at a time: it is what one-at-a-time sampling in a random order is bounded by.
+negative log-likelihood of one token at a time: the any-order model's exact loss in random order is the same quantity.
+With `group_size` the same holds for that many tokens a step.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def negative_elbo(
     samples: int = 128,
     generator: Generators = None,
     attention_mask: Tensor | None = None,
+    group_size: int = 1,
 ) -> Bound:
     """Estimate the bound, one document a row.
 
@@ -47,15 +49,18 @@ def negative_elbo(
         samples: masks a row, at least 2: as many forwards of the batch.
         generator: one a row, or one that seeds them: a row's estimate does not depend on its batch mates.
         attention_mask: (B, T), 0 marks tokens that take no part.
+        group_size: tokens a step of the sampler that is bounded, in random order.
 
     Raises:
-        ValueError: if ids, `given` and the model do not fit each other, or for fewer than two samples.
+        ValueError: if ids, `given` and the model do not fit each other, for fewer than two samples or no token a step.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
         raise ValueError(f"samples must be a whole number of at least 2 (a spread needs two), got {samples!r}")
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size must be a whole number of at least 1, got {group_size!r}")
     order = blanks(input_ids, given, attention_mask)
     sources = row_generators(generator, order.batch_size)
-    drawn = torch.stack([_sample(model, input_ids, *noised(order, sources)) for _ in range(samples)])
+    drawn = torch.stack([_sample(model, input_ids, *noised(order, sources, group_size)) for _ in range(samples)])
     return Bound(drawn.mean(dim=0), drawn.std(dim=0) / samples**0.5)
 
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from anyorder.core.factorization import ABSENT, GIVEN, Factorization
 from anyorder.core.layout import lay_out
-from anyorder.evaluation.baselines.noise import generator_of, noised
+from anyorder.evaluation.baselines.noise import generator_of, largest_group, noised
 from anyorder.hub.converted import ConvertedModel
 from anyorder.model import adapters
 from anyorder.model.base import AnyOrderOutput
@@ -129,24 +129,27 @@ class MaskedDiffusionLM(ConvertedModel):
         Args:
             input_ids: (B, T) int64.
             factorization: of the same shape: documents, what is given, and what is predicted; the order of its groups
-                has no meaning here.
+                has no meaning here, their size only in evaluation mode.
             labels: (B, T) int64, -100 is ignored. With labels `noise.noised` masks some of the predicted tokens: in
-                training with torch's global generator, in evaluation mode always the same ones of the same ids.
+                training others every time, by torch's global generator, which a resumed run restores; in evaluation
+                mode always the same ones of the same ids, for as many tokens a step as the largest group has.
             num_items_in_batch: as in `AnyOrderForCausalLM.forward`.
             loss_only, taught: without effect: there are no logits beside a loss, and nothing to be taught by.
 
         Returns:
             with labels, loss: an unbiased estimate of -ELBO a predicted token, in nats; token_losses: (B, T) float32
-            without gradient, N/k times -log p at masked tokens, 0 elsewhere, so that its sum over a document estimates
-            the document's -ELBO. Without labels, logits: (B, T, V) with all predicted tokens masked at once, which the
-            factorization must have in one group; zeros elsewhere.
+            without gradient, -log p times its weight at masked tokens, 0 elsewhere, so that its sum over a document
+            estimates the document's -ELBO. Without labels, logits: (B, T, V) with all predicted tokens masked at once,
+            which the factorization must have in one group; zeros elsewhere.
         """
         if labels is None:
             found = self.predictions(input_ids, factorization)
             return AnyOrderOutput(logits=found.spread(self.predictor.logits(found.hidden)))
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids has {tuple(input_ids.shape)}")
-        masked, weights = noised(factorization, None if self.training else generator_of(input_ids))
+        number = int(torch.randint(2**62, (1,))) if self.training else 0
+        size = 1 if self.training else largest_group(factorization)
+        masked, weights = noised(factorization, generator_of(input_ids, number), size)
         found = self.predictions(input_ids, masked)
         losses = self.predictor.losses(found, labels) * weights.to(found.where.device)[found.where]
         counted = (labels.to(losses.device)[factorization.is_predicted.to(losses.device)] != -100).sum().clamp(min=1)

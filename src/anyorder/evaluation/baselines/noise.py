@@ -3,7 +3,11 @@
 Published (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992): t ~ U(0, 1) a document, each of its N tokens is masked with
 probability t, its losses weigh 1/t. Here the number of masked tokens is drawn instead: k ~ U{1..N}, any k tokens alike,
 weight N/k. That is the same process with t integrated out (P(k) = 1/(N+1), E[1/t | k] = (N+1)/k), so the expectation is
-the same and the variance smaller; weights stay below N. LLaDA evaluates its likelihoods so.
+the same and the variance smaller; weights stay at N or below. LLaDA evaluates its likelihoods so.
+
+That is the process in which one token is unmasked at a time. With `group_size` g a step unmasks g tokens, the last one
+what is left: of its S = ceil(N/g) steps one is drawn, k tokens are masked before it, it unmasks m of them, and the
+weight is S m/k. So quality at fewer steps has a bound, too.
 
 Knows positions only: no tokens, no model.
 
@@ -43,33 +47,44 @@ def blanks(input_ids: Tensor, given: Tensor, attention_mask: Tensor | None = Non
     return Factorization(torch.where(given.cpu(), GIVEN, 0).masked_fill(~present, ABSENT))
 
 
-def noised(factorization: Factorization, generator: Generators = None) -> tuple[Factorization, Tensor]:
+def noised(
+    factorization: Factorization, generator: Generators = None, group_size: int = 1
+) -> tuple[Factorization, Tensor]:
     """Mask some of the predicted tokens of each document, at least one; the others become given.
 
-    In one row the levels k/N of its documents are spread evenly, each of them being uniform (as MDLM's low-discrepancy
+    In one row the steps of its documents are spread evenly, each of them being uniform (as MDLM's low-discrepancy
     sampler).
 
     Args:
         factorization: which tokens may be masked: those that it predicts, whatever their groups.
-        generator: as in `row_generators`; a row draws the same whatever its batch mates. None: torch's global one,
-            which training restores when it resumes.
+        generator: as in `row_generators`; a row draws the same whatever its batch mates.
+        group_size: tokens that a step unmasks.
 
     Returns:
-        the masked tokens as one group, and (B, T) float32 the weight N/k of each token's document.
+        the masked tokens as one group, and (B, T) float32 the weight of each token's document.
     """
     sources = row_generators(generator, factorization.batch_size)
     place = factorization.regroup(1, "random", sources).group_ids  # of a predicted token in a random order
     level = torch.stack([_levels(row, source) for row, source in zip(factorization.documents, sources, strict=True)])
     count = _count(factorization)
-    k = 1 + (level * count).floor().to(torch.int64).clamp(max=count - 1)
-    open_, predicted = place < k, factorization.is_predicted
-    ids = torch.where(predicted, torch.where(open_, 0, GIVEN), factorization.group_ids)
-    return Factorization(ids, factorization.documents), (count / k).float()
+    steps = (count + group_size - 1) // group_size
+    k = count - group_size * (level * steps).floor().to(torch.int64).clamp(max=steps - 1)
+    ids = torch.where(factorization.is_predicted, torch.where(place < k, 0, GIVEN), factorization.group_ids)
+    return Factorization(ids, factorization.documents), (steps * k.clamp(max=group_size) / k).float()
 
 
-def generator_of(input_ids: Tensor) -> torch.Generator:
-    """A generator that is a function of the tokens, so that one batch is always measured under the same masks."""
-    digest = hashlib.sha256(input_ids.cpu().contiguous().numpy().tobytes()).digest()
+def largest_group(factorization: Factorization) -> int:
+    """Tokens of the largest group of any document; 1 where nothing is predicted."""
+    predicted, documents = factorization.is_predicted, factorization.documents
+    row, _ = predicted.nonzero(as_tuple=True)
+    members = torch.stack([row, documents[predicted], factorization.group_ids[predicted]])
+    return int(members.unique(dim=1, return_counts=True)[1].max()) if len(row) else 1
+
+
+def generator_of(input_ids: Tensor, number: int = 0) -> torch.Generator:
+    """A generator that is a function of the tokens and a number: of several processes with the same number each has its
+    own."""
+    digest = hashlib.sha256(input_ids.cpu().contiguous().numpy().tobytes() + number.to_bytes(8, "big")).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
