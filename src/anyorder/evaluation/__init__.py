@@ -1,1 +1,1 @@
-"""What a trained model is compared with, and how: measures and controls."""
+"""What a trained model is measured by, and compared with (`baselines`)."""
