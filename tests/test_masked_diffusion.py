@@ -354,7 +354,7 @@ def test_ten_sentences_are_learned_by_heart_and_sampled(tmp_path):
     ten = [torch.cat([torch.tensor([20 + i]), torch.randint(3, 20, (5 + i % 3,), generator=g)]) for i in range(10)]
     model = diffusion(hidden_size=64, head_dim=16)
     run = trained(
-        tmp_path, model, 160, ten * 2, length=160, per_device_train_batch_size=1, learning_rate=3e-3, save_strategy="no"
+        tmp_path, model, 160, ten * 4, length=320, per_device_train_batch_size=1, learning_rate=3e-3, save_strategy="no"
     )
     run.train()
     losses = [record["loss"] for record in run.state.log_history if "loss" in record]
