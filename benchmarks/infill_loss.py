@@ -2,7 +2,8 @@
 
 Each model's own exact likelihood, left to right inside the blank: given the sentences before it alone, and given both
 sides. The plain model given sentences 1 and 2 is the figure to beat; whether *both sides* help a trained model is shown
-only against a control that was trained on the same text to read from one side.
+only against a control that was trained on the same text to read from one side. Of a masked diffusion model, which has
+no likelihood to compute, it is the bound of sampling in random order, as many tokens a step, with its standard error.
 
     python benchmarks/infill_loss.py --stories rocstories_valid.jsonl.gz --model smollm2-135m my-run --limit 300
 """
@@ -15,11 +16,18 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from anyorder import AnyOrderForCausalLM, Factorization, load
+from anyorder.evaluation.baselines.diffusion_bound import negative_elbo
+from anyorder.evaluation.baselines.masked_diffusion import MaskedDiffusionLM
+from anyorder.evaluation.baselines.noise import largest_group
+from anyorder.hub.resolve import resolve
 from anyorder.infill.pieces import Pieces
 
 BLANK = 2  # the third sentence
+SAMPLES = 32
+"""Masks a text, of masked diffusion."""
 
 
 def main() -> None:
@@ -35,9 +43,22 @@ def main() -> None:
     print(f"{len(stories)} stories, nats a token")
     print(f"{'model':32} {'given 1 2':>10} {'given 1 2 4 5':>14} {'whole, groups of 1':>19} {'whole, groups of 4':>19}")
     for name in options.model:
-        model, tokenizer = load(name, dtype=getattr(torch, options.dtype))
-        columns = measure(model.to(options.device), Pieces(tokenizer), stories, options.batch_size)
+        model, tokenizer = load_any(name, getattr(torch, options.dtype))
+        columns, errors = measure(model.to(options.device), Pieces(tokenizer), stories, options.batch_size)
         print(f"{name:32} {columns[0]:10.3f} {columns[1]:14.3f} {columns[2]:19.3f} {columns[3]:19.3f}", flush=True)
+        if any(errors):
+            name = "  a bound; its standard error"
+            print(f"{name:32} {errors[0]:10.3f} {errors[1]:14.3f} {errors[2]:19.3f} {errors[3]:19.3f}", flush=True)
+
+
+Model = AnyOrderForCausalLM | MaskedDiffusionLM
+
+
+def load_any(name: str, dtype: torch.dtype) -> tuple[Model, PreTrainedTokenizerBase]:
+    """A model of either objective and its tokenizer."""
+    if AutoConfig.from_pretrained(resolve(name)).model_type == MaskedDiffusionLM.config_class.model_type:
+        return load(name, model_class=MaskedDiffusionLM, dtype=dtype)
+    return load(name, dtype=dtype)
 
 
 def read(file: Path) -> list[list[str]]:
@@ -45,9 +66,10 @@ def read(file: Path) -> list[list[str]]:
     return [json.loads(line)["sentences"] for line in data.decode().splitlines()]
 
 
-def measure(model: AnyOrderForCausalLM, pieces: Pieces, stories: list[list[str]], batch: int) -> list[float]:
-    """Means over all predicted tokens: one side, both sides, left to right, left to right in groups of four."""
-    totals, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+def measure(model: Model, pieces: Pieces, stories: list[list[str]], batch: int) -> tuple[list[float], list[float]]:
+    """Means over all predicted tokens: one side, both sides, left to right, left to right in groups of four; and their
+    standard errors from what is drawn in measuring, which is nothing where likelihoods are exact."""
+    totals, counts, variances = torch.zeros(3, 4, dtype=torch.float64)
     for first in range(0, len(stories), batch):
         rows: list[list[Factorization]] = [[], [], [], []]
         ids = []
@@ -66,9 +88,15 @@ def measure(model: AnyOrderForCausalLM, pieces: Pieces, stories: list[list[str]]
         tensor = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         for column, orders in enumerate(rows):
             order = Factorization.stack(orders)
-            totals[column] -= model.log_likelihood(tensor, order).double().sum().cpu()
             counts[column] += order.is_predicted.sum()
-    return (totals / counts).tolist()
+            if not isinstance(model, MaskedDiffusionLM):
+                totals[column] -= model.log_likelihood(tensor, order).double().sum().cpu()
+                continue
+            chance, size = torch.Generator().manual_seed(first), largest_group(order)
+            bound = negative_elbo(model, tensor, order.is_given, SAMPLES, chance, order.is_present, size)
+            totals[column] += bound.mean.sum()
+            variances[column] += bound.standard_error.square().sum()
+    return (totals / counts).tolist(), (variances.sqrt() / counts).tolist()
 
 
 if __name__ == "__main__":

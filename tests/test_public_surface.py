@@ -64,6 +64,7 @@ OPTIONS = {
         "--coupling-only",
         "--training",
         "--streaming",
+        "--objective",
         "--plan",
         "--devices",
         "--device-flops",

@@ -56,6 +56,12 @@ def test_a_study_is_made_in_sittings(study, checkpoint, stories, tmp_path, monke
     ]
     assert len(lines) == 5
     assert "Not yet run: plain AR fine-tuning (control); " in page
+    assert "--objective masked_diffusion" in sitting("masked_diffusion")
+    page = (tmp_path / "docs" / "study.md").read_text()
+    assert len([line for line in page.splitlines() if line.startswith("| masked diffusion, all weights")]) == 2
+    assert "every figure is an estimated bound" in page
+    record = json.loads((tmp_path / "docs" / "study" / "masked_diffusion.json").read_text())
+    assert all(error > 0 for error in record["standard_errors"])
     assert (tmp_path / "docs" / "study" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

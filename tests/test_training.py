@@ -110,6 +110,35 @@ def test_packed_losses_are_those_of_each_document_alone(architecture, adapter):
         torch.testing.assert_close(together[here], alone, atol=2e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_groups_of_one_from_left_to_right_are_plain_fine_tuning(architecture, adapter):
+    """The autoregressive control: loss and gradients of transformers' own forward on each document of a packed row."""
+    model = fresh(adapter, architecture).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # else the first factor has no gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    control = Curriculum((Stage((LeftToRight((1,)),), (1.0,)),))
+    data = Sequences([documents()], 16, control, count=8)
+    batch = collate([data[i] for i in range(8)])
+    ids, docs = batch["input_ids"], batch["document_ids"]
+    loss = model(ids, Factorization(batch["group_ids"], docs), labels=batch["labels"]).loss
+    total, count = torch.zeros(()), 0
+    for document in docs.unique():
+        own = ids[docs == document][None]
+        number = own.shape[1] - 1
+        total = total + model.causal_lm(input_ids=own, labels=own, use_cache=False).loss * number
+        count += number
+    torch.testing.assert_close(loss, total / count, atol=1e-5, rtol=1e-5)
+    learn = {name: p for name, p in model.causal_lm.named_parameters() if p.requires_grad}
+    assert len(learn) > 10
+    for name, a, b in zip(
+        learn, *(torch.autograd.grad(of, list(learn.values())) for of in (loss, total / count)), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)
+
+
 ORDERS = Curriculum((Stage((RandomGroups((1,)),), (1.0,)),))
 
 

@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from anyorder.hub.converted import ConvertedModel
 from anyorder.hub.reach import check_reachable
 from anyorder.hub.resolve import DEFAULT_MODEL, cannot_load, find_base, resolve
 from anyorder.model.configuration import AnyOrderConfig, hub_arguments, of_any_repository
 from anyorder.modeling import AnyOrderForCausalLM
 
+Model = TypeVar("Model", bound=ConvertedModel)
+
+
+@overload
+def load(
+    name_or_path: str = ...,
+    recipe: str | None = None,
+    base_model: str | None = None,
+    *,
+    model_class: type[Model],
+    **kwargs: Any,
+) -> tuple[Model, PreTrainedTokenizerBase]: ...
+
+
+@overload
+def load(
+    name_or_path: str = ..., recipe: str | None = None, base_model: str | None = None, **kwargs: Any
+) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]: ...
+
 
 def load(
-    name_or_path: str = DEFAULT_MODEL, recipe: str | None = None, base_model: str | None = None, **kwargs: Any
-) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
+    name_or_path: str = DEFAULT_MODEL,
+    recipe: str | None = None,
+    base_model: str | None = None,
+    *,
+    model_class: type[ConvertedModel] = AnyOrderForCausalLM,
+    **kwargs: Any,
+) -> tuple[ConvertedModel, PreTrainedTokenizerBase]:
     """A converted model in evaluation mode and its tokenizer.
 
     Args:
         name_or_path: a built-in name, a directory, a GGUF file or a hub id. A plain causal LM is converted.
         recipe: "exact" (default) or "paper", for a plain causal LM; a converted one has its own.
         base_model: of an adapter whose base has moved: where it is, as a name, directory or GGUF file.
+        model_class: of the result; controls have classes of their own.
         kwargs: passed on to loading (dtype, device_map, revision, attn_implementation, adapter, ...).
 
     Raises:
@@ -35,18 +61,23 @@ def load(
         tokenizer = _load_tokenizer(location, config, base_model, hub_arguments(kwargs))
     except (OSError, ValueError) as error:
         raise cannot_load(name_or_path, error) from error
-    if config.model_type == AnyOrderConfig.model_type:
+    if config.model_type == model_class.config_class.model_type:
         if recipe not in (None, config.recipe):
             raise ValueError(f"{name_or_path} was converted with recipe={config.recipe!r}; it cannot become {recipe!r}")
         _check_adapter(name_or_path, config, kwargs.pop("adapter", None))
         if base_model is not None and config.adapter is None:
             raise ValueError(f"{name_or_path} is a whole model, not an adapter: it has no base_model")
         base = {} if base_model is None else {"base_model": base_model}
-        model = AnyOrderForCausalLM.from_pretrained(location, **base, **kwargs)
+        model = model_class.from_pretrained(location, **base, **kwargs)
+    elif isinstance(config, AnyOrderConfig):
+        raise ValueError(
+            f"{name_or_path} holds a {config.model_type} model, not a {model_class.__name__}: load it with the class "
+            "that saved it"
+        )
     else:
         if base_model is not None:
             raise ValueError(f"{name_or_path} is a plain causal LM, not an adapter: it has no base_model")
-        model = AnyOrderForCausalLM.from_causal_lm(name_or_path, recipe=recipe or "exact", **kwargs)
+        model = model_class.from_causal_lm(name_or_path, recipe=recipe or "exact", **kwargs)
     return model.eval(), tokenizer
 
 

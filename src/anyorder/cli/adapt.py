@@ -25,4 +25,13 @@ def add(subparsers: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    adapt.run(options, load_model)
+    adapt.run(options, _load)
+
+
+def _load(options: argparse.Namespace, **more: Any) -> tuple[Any, Any]:
+    """The model of the objective and its tokenizer."""
+    if options.objective == "masked_diffusion":
+        from anyorder.evaluation.baselines.masked_diffusion import MaskedDiffusionLM
+
+        more["model_class"] = MaskedDiffusionLM
+    return load_model(options, **more)

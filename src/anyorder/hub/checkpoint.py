@@ -117,7 +117,7 @@ def load_converted(cls: type[Model], load_whole: Callable[..., Any], source: Any
         config = AutoConfig.from_pretrained(config, **hub_arguments(kwargs))
     if config.model_type != cls.config_class.model_type:
         raise ValueError(
-            f"{source} holds a {config.model_type} model, not a converted one: use AnyOrderForCausalLM.from_causal_lm"
+            f"{source} holds a {config.model_type} model, not a converted one: use {cls.__name__}.from_causal_lm"
         )
     if kwargs.get("recipe", config.recipe) != config.recipe:
         raise ValueError(f"{source} was converted with recipe={config.recipe!r}")

@@ -23,7 +23,6 @@ from anyorder.core.layout import Rows, lay_out
 from anyorder.model import adapters
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.compatibility import check_model, refuse
-from anyorder.model.configuration import AnyOrderConfig
 from anyorder.model.kv_cache import KeyValueStore
 
 Model = TypeVar("Model", bound=AnyOrderPreTrainedModel)
@@ -62,7 +61,7 @@ def convert(
         adapter = adapters.Adapter(kind=adapter)  # type: ignore[arg-type]
     check_model(causal_lm)
     probed = probe(causal_lm)
-    config = AnyOrderConfig(
+    config = cls.config_class(
         base_config=causal_lm.config, recipe=recipe, attn_implementation=attn_implementation, dtype=causal_lm.dtype
     )
     with left_as_it_was_if_refused(causal_lm):

@@ -145,6 +145,8 @@ def _plan(options: argparse.Namespace, curriculum: Curriculum) -> None:
     from anyorder.training.plan import Machine, Run, plan
 
     further = training_arguments(options.training)
+    if options.objective == "masked_diffusion":
+        raise ValueError("--plan counts the rows of any-order training: leave --objective masked_diffusion out")
     if not 0 < options.utilisation <= 1 or options.device_flops <= 0:
         raise ValueError(f"--utilisation {options.utilisation} must be in (0, 1], --device-flops above 0")
     config = AutoConfig.from_pretrained(resolve(options.model)).get_text_config()

@@ -40,6 +40,9 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument("--eval-every", type=positive, default=100, metavar="N", help="steps; default: 100")
     parser.add_argument("--eval-documents", type=positive, default=64, metavar="N", help="the first; default: 64")
     parser.add_argument("--curriculum", default="exact", help="exact, paper, infill or a .yaml file; default: exact")
+    parser.add_argument("--objective", choices=("any_order", "masked_diffusion"),
+                        help="masked_diffusion: the control, with --adapter lora or none (docs/evaluation.md); "
+                             "default: any_order")  # fmt: skip
     parser.add_argument("--adapter", choices=tuple(LEARNING_RATES), default="gated",
                         help="gated (keeps the base model), lora, or none (all weights); default: gated")  # fmt: skip
     parser.add_argument("--rank", type=positive, default=32, metavar="N", help="of the adapter; default: 32")

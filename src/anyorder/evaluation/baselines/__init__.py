@@ -1,0 +1,1 @@
+"""Controls: other objectives on the same backbone, data and tokens."""
