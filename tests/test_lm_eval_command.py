@@ -207,18 +207,23 @@ def test_progress_is_shown_and_hidden(checkpoint, capsys):
     assert not capsys.readouterr().err
 
 
-def test_the_harness_finds_the_backend_by_its_entry_point():
+def test_the_harness_finds_the_backend_by_its_entry_point(monkeypatch):
     """The value in pyproject.toml is the registered class, as releases that look for plug-ins want it."""
     from lm_eval.api import registry
     from lm_eval.api.model import LM
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (value,) = project["entry-points"]["lm_eval.models"].values()
-    backend = EntryPoint("anyorder", value, "lm_eval.models").load()
+    point = EntryPoint("anyorder", value, "lm_eval.models")
+    backend = point.load()
     assert issubclass(backend, LM)
     assert value == f"{backend.__module__}:{backend.__qualname__}"
     assert registry.get_model("anyorder") is backend
     assert registry.get_model("hf").__name__ == "HFLM"  # importing the backend leaves the harness's own in place
+    # As such a release does: what the entry point names is recorded, and imported when it is asked for.
+    monkeypatch.setattr(registry.model_registry, "_objs", {"anyorder": point})
+    monkeypatch.delitem(sys.modules, backend.__module__)
+    assert issubclass(registry.get_model("anyorder"), LM)
 
 
 def test_without_the_harness_the_command_says_what_to_install(monkeypatch):

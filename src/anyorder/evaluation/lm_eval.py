@@ -10,6 +10,7 @@ Importing this module needs lm-eval: the extra `eval`.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,11 +20,10 @@ import lm_eval.models  # noqa: F401 - a registry that is not empty is taken to h
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CacheHook
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import model_registry, register_model
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import anyorder
 from anyorder.evaluation.continuations import Continuer
 from anyorder.evaluation.encoding import Encoded, TextEncoder
 from anyorder.evaluation.likelihoods import Score, Scorer
@@ -40,7 +40,6 @@ _OWNER = "anyorder"
 T = TypeVar("T")
 
 
-@register_model("anyorder")
 class AnyOrderLM(LM):
     """A converted model as the harness asks for it.
 
@@ -190,9 +189,13 @@ class AnyOrderLM(LM):
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": self._dtype,
             "model_recipe": self.model.recipe,
-            "anyorder_version": anyorder.__version__,
+            "anyorder_version": importlib.metadata.version("anyorder"),
             "anyorder_settings": self.settings.of_results(),
         }
+
+
+if "anyorder" not in model_registry:  # else the entry point is there, and this is what it names
+    register_model("anyorder")(AnyOrderLM)
 
 
 def _load(loading: Loading) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
