@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+from anyorder import Factorization, scoring
+
 QUESTIONS = [
     {"question": "a b", "choices": ["c", "ab c", "b a"], "answer": 0, "text": "a b c ab", "target": "x"},
     {"question": "ab", "choices": ["c c", "a"], "answer": 1, "text": "b " * 45 + "c", "target": "x"},
@@ -30,6 +35,8 @@ _TASKS = {
     },
 }  # fmt: skip
 TASKS = tuple(_TASKS)
+PAIRS = [(f"q: {q['question']}\na:", f" {choice}") for q in QUESTIONS for choice in q["choices"]]
+TEXTS = [q["text"] for q in QUESTIONS]
 
 
 def write_tasks(directory: Path) -> Path:
@@ -53,3 +60,28 @@ def requests(kind: str, *arguments: Sequence[Any]) -> list[Any]:
     from lm_eval.api.instance import Instance
 
     return [Instance(kind, {}, tuple(of), i, (kind, i, 1)) for i, of in enumerate(arguments)]
+
+
+def likelihoods(lm, pairs):
+    return lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+
+
+def rolling(lm, texts):
+    return lm.loglikelihood_rolling(requests("loglikelihood_rolling", *([text] for text in texts)), disable_tqdm=True)
+
+
+def generate(lm, *pairs):
+    return lm.generate_until(requests("generate_until", *pairs), disable_tqdm=True)
+
+
+def direct(lm, given, predicted, order="left_to_right", group_size=1, generator=None):
+    """log P of token ids by the model's own method, and whether greedy decoding gives them."""
+    ids = torch.tensor([given + predicted])
+    plain = Factorization.left_to_right(ids.shape[1], given=len(given))
+    f = plain.regroup(group_size, order, generator)
+    best = scoring.teacher_forced(lm.model, ids, f).is_best
+    return float(lm.model.log_likelihood(ids, f).double().sum()), bool(best[0, len(given) :].all())
+
+
+def close(one, other, tolerance=1e-4):
+    return one == pytest.approx(other, abs=tolerance)

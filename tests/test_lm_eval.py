@@ -6,60 +6,17 @@ import math
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies, scoring
 from anyorder.evaluation.batches import batches
 from anyorder.evaluation.likelihoods import seed_of
 from architectures import adapted, base_model, converted, coupled
-from harness import QUESTIONS, requests
+from harness import PAIRS, TEXTS, close, direct, generate, likelihoods, rolling
 
 pytest.importorskip("lm_eval", reason="the backend needs lm-eval: pip install 'anyorder[eval]'")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")
 
-PAIRS = [(f"q: {q['question']}\na:", f" {choice}") for q in QUESTIONS for choice in q["choices"]]
-TEXTS = [q["text"] for q in QUESTIONS]
 CONTEXT = 64
-
-
-@pytest.fixture(scope="module")
-def stock(checkpoint):
-    """The harness's own backend on the base model."""
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(pretrained=str(checkpoint), device="cpu", batch_size=4)
-
-
-@pytest.fixture
-def backend(checkpoint):
-    from anyorder.evaluation.lm_eval import AnyOrderLM
-
-    return lambda **model_args: AnyOrderLM(**{"pretrained": str(checkpoint), "device": "cpu"} | model_args)
-
-
-def likelihoods(lm, pairs):
-    return lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
-
-
-def rolling(lm, texts):
-    return lm.loglikelihood_rolling(requests("loglikelihood_rolling", *([text] for text in texts)), disable_tqdm=True)
-
-
-def generate(lm, *pairs):
-    return lm.generate_until(requests("generate_until", *pairs), disable_tqdm=True)
-
-
-def direct(lm, given, predicted, order="left_to_right", group_size=1, generator=None):
-    """log P of token ids by the model's own method, and whether greedy decoding gives them."""
-    ids = torch.tensor([given + predicted])
-    plain = Factorization.left_to_right(ids.shape[1], given=len(given))
-    f = plain.regroup(group_size, order, generator)
-    best = scoring.teacher_forced(lm.model, ids, f).is_best
-    return float(lm.model.log_likelihood(ids, f).double().sum()), bool(best[0, len(given) :].all())
-
-
-def close(one, other, tolerance=1e-4):
-    return one == pytest.approx(other, abs=tolerance)
 
 
 # ---------------------------------------------------------------------- left to right: the base model's own
@@ -180,98 +137,6 @@ def test_long_texts_in_random_orders_are_cut_into_windows(backend):
     assert close(rolling(lm, [text])[0], total)
 
 
-# ---------------------------------------------------------------------- where text is cut
-
-
-def test_a_token_that_spans_the_join(backend, stock):
-    """'a' + 'b' is one token. The context keeps its own and the continuation is encoded behind it."""
-    lm = backend()
-    a, b, ab = (lm.tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b", "ab"))
-    assert len(ab) == 1
-    c = lm.tokenizer.encode("cc", add_special_tokens=False)
-    for context, continuation, given, predicted in (("cca", "b", c + a, b), ("cca", "bcc", c + a, b + c)):
-        text = lm.encoder.pair(context, continuation)
-        assert (text.given, text.predicted) == (given, predicted)
-        assert close(likelihoods(lm, [(context, continuation)])[0][0], direct(lm, given, predicted)[0])
-    with pytest.raises(AssertionError):  # nothing is left of the continuation
-        likelihoods(stock, [("cca", "b")])
-    assert not close(likelihoods(stock, [("cca", "bcc")])[0][0], likelihoods(lm, [("cca", "bcc")])[0][0])
-
-
-def test_what_is_cut_from_the_left_is_context(backend):
-    lm = backend(max_length=8, order="random")
-    text = lm.encoder.pair("q: a b c a b c a b c\na:", " c ab")
-    kept = text.given[-(8 - len(text.predicted)) :]
-    generator = torch.Generator().manual_seed(seed_of(0, "q: a b c a b c a b c\na:"))
-    (log_p, _) = likelihoods(lm, [("q: a b c a b c a b c\na:", " c ab")])[0]
-    assert close(log_p, direct(lm, kept, text.predicted, "random", 1, generator)[0], 1e-5)
-
-
-def test_continuations_longer_than_the_context_are_scored_in_windows(backend):
-    """Every token once; the first window has one token of the context."""
-    lm, context, continuation = backend(max_length=8), "q: a", " b c a" * 9
-    text = lm.encoder.pair(context, continuation)
-    tokens, total, done = [text.given[-1], *text.predicted], 0.0, 1
-    while done < len(tokens):
-        end = min(len(tokens), done + 8)
-        total += direct(lm, tokens[max(0, end - 9) : done], tokens[done:end])[0]
-        done = end
-    assert close(likelihoods(lm, [(context, continuation)])[0][0], total)
-
-
-def test_an_empty_context_is_the_start_token(backend, stock):
-    lm = backend()
-    ids = lm.tokenizer.encode(" ab c", add_special_tokens=False)
-    for context in ("", " "):  # the space belongs to the continuation
-        expected = direct(lm, [1], lm.tokenizer.encode(context + " ab c", add_special_tokens=False))
-        assert close(likelihoods(lm, [(context, " ab c")])[0][0], expected[0])
-    assert close(likelihoods(lm, [("", " ab c")])[0][0], likelihoods(stock, [("", " ab c")])[0][0])
-    assert close(likelihoods(backend(prefix_token_id=2), [("", " ab c")])[0][0], direct(lm, [2], ids)[0])
-    assert generate(lm, ("", {"max_gen_toks": 3, "until": []})) == generate(lm, ("<s>", {"max_gen_toks": 3}))
-    bare = AutoTokenizer.from_pretrained(lm.tokenizer.name_or_path)
-    bare.bos_token = bare.eos_token = None
-    lm = backend(pretrained=lm.model, tokenizer=bare, device=None)
-    assert likelihoods(lm, [("a", " b")])
-    with pytest.raises(ValueError, match="neither a start nor an end token: name one with prefix_token_id="):
-        likelihoods(lm, [("", " b")])
-
-
-def test_nothing_is_certain(backend):
-    assert likelihoods(backend(), [("a b", ""), ("", "")]) == [(0.0, True)] * 2
-    assert rolling(backend(), [""]) == [0.0]
-
-
-def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(backend, stock):
-    lm = backend()
-    one, other = (lm.encoder.pair(*pair) for pair in (("q: a ", "b"), ("q: a", " b")))
-    assert (one.given, one.predicted) == (other.given, other.predicted)
-    pairs = [("q: a ", "b"), ("q: a\n\n", "c"), ("q:  \n ", " ab")]
-    assert close([s for s, _ in likelihoods(lm, pairs)], [s for s, _ in likelihoods(stock, pairs)])
-
-
-def test_the_start_token_is_neither_doubled_nor_lost(backend, checkpoint):
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    ab, c = (tokenizer.encode(text, add_special_tokens=False) for text in ("ab", " c"))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    model = backend().model
-    lm = backend(pretrained=model, tokenizer=tokenizer, device=None)
-    assert tokenizer.encode("ab") == [1, *ab, 2]
-    for context in ("ab", "<s>ab"):  # by the tokenizer, by a chat template; and no end in the middle
-        text = lm.encoder.pair(context, " c")
-        assert (text.given, text.predicted) == ([1, *ab], c)
-        assert lm.encoder.prompt(context) == [1, *ab]
-        document = lm.encoder.document(context)
-        assert (document.given, document.predicted) == ([1], ab)
-    assert lm.encoder.pair("", " c").given == [1]
-    without = backend(pretrained=model, tokenizer=tokenizer, device=None, add_bos_token=False)
-    assert without.encoder.prompt("ab") == ab
-    assert backend(add_bos_token=True).encoder.prompt("ab") == [1, *ab]
-
-
 # ---------------------------------------------------------------------- batches
 
 
@@ -380,6 +245,13 @@ def test_a_loaded_model_needs_its_tokenizer(backend):
     model = AnyOrderForCausalLM.from_causal_lm(base_model("llama"))
     with pytest.raises(ValueError, match="needs its tokenizer"):
         backend(pretrained=model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is asked for is there")
+def test_the_commands_default_device_is_the_cpu_where_there_is_no_other(backend):
+    assert backend(device="cuda:0").device.type == "cpu"
+    with pytest.raises(ValueError, match="device='cuda:1' cannot be used"):
+        backend(device="cuda:1")
 
 
 def test_one_process(backend, monkeypatch):

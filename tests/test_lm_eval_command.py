@@ -157,6 +157,19 @@ def test_a_cache_of_another_backend_is_refused(command, checkpoint, tmp_path):
         command("anyorder", checkpoint, "--use_cache", tmp_path / "cache", names=["choices"])
 
 
+def test_a_cache_of_other_weights_is_refused(checkpoint, tmp_path):
+    from lm_eval.api.model import CachingLM
+
+    from anyorder.evaluation.lm_eval import AnyOrderLM
+
+    lm = AnyOrderLM(pretrained=str(checkpoint), device="cpu")
+    CachingLM(lm, str(tmp_path / "cache.db"))
+    CachingLM(AnyOrderLM(pretrained=str(checkpoint), device="cpu", batch_size=3), str(tmp_path / "cache.db"))
+    lm.model.query_embedding.data += 1
+    with pytest.raises(ValueError, match="were made with weights="):
+        CachingLM(lm, str(tmp_path / "cache.db"))
+
+
 def test_built_requests_are_cached_by_chat_template(command, instruct, tmp_path):
     options = ["--cache_requests", "true", "--apply_chat_template"]
     first, _ = command("anyorder", instruct, *options, names=["answers"])

@@ -66,7 +66,7 @@ class TextEncoder:
         context, continuation = kept, context[len(kept) :] + continuation
         if not context:
             return Encoded(*self._behind_start(continuation), source)
-        given, whole = self._encode(context), self._encode(context + continuation)
+        given, whole = self._encode(context) or self.start, self._encode(context + continuation)
         if len(whole) > len(given) and whole[: len(given)] == given:
             return Encoded(given, whole[len(given) :], source)
         return Encoded(given, self.pieces.encode(continuation), source)

@@ -172,7 +172,7 @@ class AnyOrderLM(LM):
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is None:
             return
-        own = {"pretrained": self._name, "dtype": self._dtype, "recipe": self.model.recipe}
+        own = {"weights": _digest(self.model), "dtype": self._dtype, "recipe": self.model.recipe}
         own |= self.settings.of_results()
         kept = cache_hook.dbdict.get(_OWNER)
         if kept is None and len(cache_hook.dbdict):
@@ -207,14 +207,38 @@ def _load(loading: Loading) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBas
     options: Mapping[str, Any] = {
         name: getattr(loading, name)
         for name in ("recipe", "base_model", "revision", "attn_implementation", "dtype")
-        if getattr(loading, name) is not None
+        if getattr(loading, name) not in (None, "auto")
     }
-    name = loading.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(loading.device)
+    model, tokenizer = load(given, **options)
+    model.to(device)
+    return model, tokenizer
+
+
+def _digest(model: AnyOrderForCausalLM, samples: int = 16) -> str:
+    """Tells models apart by some of every parameter's values."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // samples)].float().tolist()
+        digest.update(f"{name}{some}".encode())
+    return digest.hexdigest()
+
+
+def _device(wanted: str | None) -> torch.device:
+    """The device of a name, default: CUDA if there is any, else the CPU.
+
+    Raises:
+        ValueError: if there is none of that name. "cuda:0" is what the harness's command says if nobody says anything,
+            so without CUDA it is the CPU, and a warning is logged.
+    """
+    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda:0" and not torch.cuda.is_available():
+        _LOGGER.warning("there is no CUDA device: the model runs on the CPU")
+        name = "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)  # a device that torch knows may not be there
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={name!r} cannot be used: {error}") from error
-    model, tokenizer = load(given, **options)
-    model.to(device)
-    return model, tokenizer
+    return device
