@@ -14,7 +14,6 @@ from architectures import adapted, base_model, converted, coupled
 from harness import PAIRS, TEXTS, close, direct, generate, likelihoods, rolling
 
 pytest.importorskip("lm_eval", reason="the backend needs lm-eval: pip install 'anyorder[eval]'")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")
 
 CONTEXT = 64
 

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 from harness import QUESTIONS, TASKS, requests, write_tasks
 
 pytest.importorskip("lm_eval", reason="the backend needs lm-eval: pip install 'anyorder[eval]'")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")
 ROOT = Path(__file__).parents[1]
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"

@@ -10,7 +10,6 @@ from anyorder.evaluation.likelihoods import seed_of
 from harness import PAIRS, close, direct, generate, likelihoods, rolling
 
 pytest.importorskip("lm_eval", reason="the backend needs lm-eval: pip install 'anyorder[eval]'")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")
 
 
 def test_a_token_that_spans_the_join(backend, stock):
