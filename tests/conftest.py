@@ -4,7 +4,9 @@ import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,21 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def space_adding_tokenizer() -> PreTrainedTokenizerFast:
+    """As SentencePiece does it: a space in front of every text, words joined to the space in front of them."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    letters = sorted({*map(chr, range(33, 127)), "▁", "\n", "é", "日", "”"})
+    merges = [("▁", "a"), ("▁a", "b"), ("▁", "T"), (".", "▁T"), ("a", "b"), (".", "\n")]
+    tokens = ["<unk>", "<s>", *letters, *(one + two for one, two in merges)]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A saved plain causal LM with a tokenizer: what a user starts from."""
     from architectures import base_model
@@ -84,3 +101,19 @@ def trained_run(checkpoint: Path, stories: Path, tmp_path_factory: pytest.TempPa
         warnings.simplefilter("ignore")
         assert adapt(checkpoint, stories, directory, *ALL_CHECKPOINTS) == 0
     return directory
+
+
+@pytest.fixture(scope="session")
+def stock(checkpoint: Path) -> Any:
+    """The stock backend of lm-evaluation-harness on the checkpoint."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(checkpoint), device="cpu", batch_size=4)
+
+
+@pytest.fixture
+def backend(checkpoint: Path) -> Callable[..., Any]:
+    """The backend for lm-evaluation-harness on the checkpoint, with more model_args."""
+    from anyorder.evaluation.harness.lm_eval import AnyOrderLM
+
+    return lambda **model_args: AnyOrderLM(**{"pretrained": str(checkpoint), "device": "cpu"} | model_args)

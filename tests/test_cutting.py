@@ -39,22 +39,6 @@ def slow_twin(text, tokenizer, max_length, start):
         begin = end
 
 
-@pytest.fixture(scope="module")
-def space_adding_tokenizer():
-    """As SentencePiece does it: a space in front of every text, words joined to the space in front of them."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted({*map(chr, range(33, 127)), "▁", "\n", "é", "日", "”"})
-    merges = [("▁", "a"), ("▁a", "b"), ("▁", "T"), (".", "▁T"), ("a", "b"), (".", "\n")]
-    tokens = ["<unk>", "<s>", *letters, *(one + two for one, two in merges)]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Replace("▁", " ")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
-
-
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(["ab", "a", " ", ". ", ".\n", "\n\n", "! ", 'a." ', "The", " T", "é", "日本。", "  ", "7 "]),

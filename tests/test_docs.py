@@ -70,6 +70,11 @@ def check_command(command: list[str]) -> None:
         program, *rest = command[command.index("-m") + 1 :]
     if program == "anyorder":
         build_parser().parse_args(rest)
+    elif rest[:2] == ["-m", "anyorder.evaluation.harness"]:
+        harness = pytest.importorskip("lm_eval._cli.harness", reason="the command is lm-eval's")
+        options = harness.HarnessCLI()._parser.parse_args(rest[2:])
+        for task in options.tasks:
+            assert Path(options.include_path, f"{task}.yaml").is_file(), task
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), rest[0]
     elif program == "make":

@@ -18,6 +18,7 @@ from anyorder.core.factorization import Factorization
 from anyorder.core.rng import Generators
 from anyorder.core.validation import left_to_right
 from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.model.lm_head import Predictions
 
 
 @torch.no_grad()
@@ -59,6 +60,49 @@ def conditional_log_likelihood(
     """
     one = Factorization.conditional(targets, given, input_ids.shape[1], group_size)
     return log_likelihood(model, input_ids, Factorization.stack([one] * input_ids.shape[0])).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class TeacherForced:
+    """What the model says of known tokens, each given what its row may read."""
+
+    log_probs: Tensor
+    """(B, T) float32, in nats; 0 where nothing is predicted."""
+    is_best: Tensor
+    """(B, T) bool: whether greedy decoding in this order takes the token; False where nothing is predicted."""
+
+
+@torch.no_grad()
+def teacher_forced(model: AnyOrderPreTrainedModel, input_ids: Tensor, factorization: Factorization) -> TeacherForced:
+    """`log_likelihood`, and whether each token is the most likely one."""
+    found = model.predictions(input_ids, factorization)
+    return TeacherForced(*(t.to(input_ids.device) for t in model.predictor.log_probs_and_best(found, input_ids)))
+
+
+def is_its_base(model: AnyOrderPreTrainedModel, order: str, group_size: int) -> bool:
+    """Whether every prediction in such an order is the wrapped causal LM's own: see the exact recipe."""
+    return model.recipe == "exact" and order == "left_to_right" and group_size == 1
+
+
+@torch.no_grad()
+def teacher_forced_by_base(model: AnyOrderPreTrainedModel, input_ids: Tensor, predicted: Tensor) -> TeacherForced:
+    """The same by the wrapped causal LM, where `is_its_base`: one row a token, and as in any causal LM the last token
+    needs no row, so that it may stand one behind the context.
+
+    Args:
+        model: a converted model.
+        input_ids: (B, T) int64, padded on the right.
+        predicted: (B, T) bool, nowhere in the first column.
+
+    Raises:
+        ValueError: for an id outside the vocabulary.
+    """
+    if int(input_ids.max()) >= model.vocabulary_size:
+        raise ValueError(f"token id {int(input_ids.max())} is outside the vocabulary 0..{model.vocabulary_size - 1}")
+    hidden = model.decoder(input_ids=input_ids[:, :-1].to(model.query_embedding.device), use_cache=False)[0]
+    where = predicted.to(hidden.device)
+    found = Predictions(hidden[where[:, 1:]], where)
+    return TeacherForced(*(t.to(input_ids.device) for t in model.predictor.log_probs_and_best(found, input_ids)))
 
 
 TOKENS_AT_ONCE = 8192

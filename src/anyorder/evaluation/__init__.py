@@ -1,1 +1,1 @@
-"""Evaluation: tasks with exact likelihoods, infilling, controls, and the backend of lm-evaluation-harness."""
+"""How good a model is: tasks of our own, controls (`baselines`), and lm-evaluation-harness's backend (`harness`)."""

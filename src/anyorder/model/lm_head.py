@@ -137,6 +137,19 @@ class Predictor:
         """(B, T) float32: log p of (B, T) target ids, in nats; 0 where nothing is predicted."""
         return found.spread(-self.losses(found, targets).float())
 
+    @torch.no_grad()
+    def log_probs_and_best(self, found: Predictions, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`log_probs`, and (B, T) bool: whether the target is what a greedy choice takes; False where none is made."""
+        chosen, hidden = targets.to(found.hidden.device)[found.where], found.hidden
+        size = CHUNK if hidden.device.type == "cpu" else CHUNK_ON_DEVICE
+        losses = hidden.new_zeros(len(chosen), dtype=torch.float32)
+        best = torch.zeros_like(losses, dtype=torch.bool)
+        for these in torch.arange(len(chosen), device=hidden.device).split(size):
+            logits = self.logits(hidden[these]).float()
+            losses[these] = nn.functional.cross_entropy(logits, chosen[these], reduction="none")
+            best[these] = logits.argmax(dim=-1) == chosen[these]
+        return found.spread(-losses), found.spread(best)
+
 
 def negative_log_likelihoods(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """(N,) float32 cross-entropy of (N,) target ids, in nats; 0 where the target is -100.
