@@ -92,16 +92,15 @@ def _read(task: Any, options: argparse.Namespace) -> tuple[list[dict[str, Any]],
 
 def _settings(options: argparse.Namespace, data: dict[str, str]) -> dict[str, Any]:
     import platform
+    from importlib.metadata import version
 
     import torch
     import transformers
 
-    import anyorder
-
     names = ("model", "dtype", "device", "group_size", "policy", "limit", "batch_size")
     settings = {"command": options.as_typed} | {name: getattr(options, name) for name in names}
     settings["versions"] = {
-        "anyorder": anyorder.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "anyorder": version("anyorder"), "torch": torch.__version__, "transformers": transformers.__version__,
         "python": platform.python_version(),
     }  # fmt: skip
     return settings | {"data": data}
