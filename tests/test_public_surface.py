@@ -73,8 +73,12 @@ OPTIONS = {
     "bench": COMMON
     | MODEL
     | {"--policies", "--greedy", "--temperature", "--top-p", "--batch-size", "--prompts", "--prompt-tokens"}
-    | {"--new-tokens", "--prompt-file", "--against", "--seed", "--compile"},
+    | {"--new-tokens", "--prompt-file", "--against", "--seed", "--compile", "--uncoupled"},
     "convert": COMMON | DEVICE | {"--recipe", "--overwrite"},
+    "eval": COMMON
+    | MODEL
+    | {"--list", "--out", "--data-dir", "--data", "--limit", "--group-size", "--policy", "--batch-size", "--compare"}
+    | {"--execute-code"},
     "fit-lengths": COMMON | DEVICE | {"--train-file", "--blanks", "--seed"},
     "generate": COMMON
     | MODEL

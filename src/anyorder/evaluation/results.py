@@ -77,7 +77,9 @@ class Results:
         found: dict[str, Any] = {}
         for task, own in metrics.items():
             results = self.items(task)
-            found[task] = {name: vars(metric.estimate(results)) for name, metric in own.items()}
+            found[task] = {
+                name: vars(metric.estimate(results)) for name, metric in own.items() if metric.is_known(results)
+            }
         report = {"settings": self.settings, "tasks": found}
         _replace(self.directory / REPORT, json.dumps(report, indent=1) + "\n")
         _replace(self.directory / TABLE, table(report) + "\n")
@@ -141,6 +143,8 @@ def compare(first: Path, second: Path, metrics: dict[str, dict[str, Metric]]) ->
         a, b = read_items(first, task), read_items(second, task)
         both = min(len(a), len(b))
         for name, metric in metrics[task].items():
+            if not (metric.is_known(a[:both]) and metric.is_known(b[:both])):
+                continue
             difference = paired(metric.columns(a[:both]), metric.columns(b[:both]))
             rows.append({"task": task, "metric": name} | vars(difference))
     return rows

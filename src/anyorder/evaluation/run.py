@@ -28,6 +28,11 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N",
                         help="items between two writes to disk; no result depends on it; default: 16")  # fmt: skip
     parser.add_argument(
+        "--execute-code",
+        action="store_true",
+        help="run programs that the model writes, in processes with limits and without a network: pass_at_1",
+    )
+    parser.add_argument(
         "--compare", type=Path, nargs=2, metavar="DIR", help="two runs, item by item, instead of a new one"
     )
 
@@ -97,7 +102,7 @@ def _settings(options: argparse.Namespace, data: dict[str, str]) -> dict[str, An
     import torch
     import transformers
 
-    names = ("model", "dtype", "device", "group_size", "policy", "limit", "batch_size")
+    names = ("model", "dtype", "device", "group_size", "policy", "execute_code", "limit", "batch_size")
     settings = {"command": options.as_typed} | {name: getattr(options, name) for name in names}
     settings["versions"] = {
         "anyorder": version("anyorder"), "torch": torch.__version__, "transformers": transformers.__version__,
@@ -119,7 +124,7 @@ def _evaluate(
     if not any(left.values()):
         return
     model, tokenizer = load(options)
-    subject = Subject(model, tokenizer, policy, options.group_size)
+    subject = Subject(model, tokenizer, policy, options.group_size, options.execute_code)
     for task in tasks:
         every, first = items[task.name], written.done(task.name)
         with tqdm(total=len(every), initial=first, desc=task.name, unit="item", disable=not sys.stderr.isatty()) as bar:

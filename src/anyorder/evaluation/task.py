@@ -32,6 +32,10 @@ class Metric:
             return top, torch.ones_like(top)
         return top, torch.tensor([float(one[self.per]) for one in results], dtype=torch.float64)
 
+    def is_known(self, results: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether every item has it; some are measured only where the user says so."""
+        return all(self.field in one for one in results)
+
     def estimate(self, results: Sequence[Mapping[str, Any]]) -> Estimate:
         """Over results of items, with its interval."""
         return ratio_of_sums(*self.columns(results))
@@ -46,12 +50,14 @@ class Subject:
         tokenizer: the base model's.
         policy: of what is generated.
         group_size: of what is scored, from left to right.
+        execute_code: whether programs that the model writes are run.
     """
 
     model: AnyOrderForCausalLM
     tokenizer: PreTrainedTokenizerBase
     policy: Policy = field(default_factory=lambda: groupwise(1))
     group_size: int = 1
+    execute_code: bool = False
 
     def __post_init__(self) -> None:
         self.pieces = Pieces(self.tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from anyorder.evaluation.choice_tasks import HellaSwag, Lambada, Piqa, Siqa, WinoGrande
+from anyorder.evaluation.code_tasks import AutoLength, FillInTheMiddle, TrueLength
 from anyorder.evaluation.story_tasks import FourthSentence, SecondSentence, StoryCloze, ThirdSentence
 from anyorder.evaluation.task import Task
 from anyorder.evaluation.trivia import TriviaQa
@@ -12,7 +13,7 @@ from anyorder.evaluation.trivia import TriviaQa
 TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (TriviaQa, HellaSwag, WinoGrande, Siqa, Piqa, Lambada, ThirdSentence, SecondSentence, FourthSentence,
-                 StoryCloze)
+                 StoryCloze, TrueLength, AutoLength, FillInTheMiddle)
 }  # fmt: skip
 
 

@@ -1,0 +1,125 @@
+"""HumanEval with one line missing (arXiv 2207.14255): is it the line that was there, how like it, does it work?
+
+Three ways to fill the line: at its true length in tokens, at a length that the model finds, and by the base model's own
+fill-in-the-middle tokens, where it has them: what a user would take instead. Programs are run only where the user
+says so (see `execution`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from anyorder.evaluation import execution
+from anyorder.evaluation.questions import answer, of_pieces
+from anyorder.evaluation.sources import columns
+from anyorder.evaluation.task import Metric, Subject, Task
+from anyorder.evaluation.text_metrics import edit_similarity
+from anyorder.infill.infiller import Infiller
+
+BLANK = "<<<the line>>>"
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+LONGEST_LINE = 64
+"""Tokens that a line may have where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A program with a line missing, and how it is tested."""
+
+    prefix: str
+    line: str
+    suffix: str
+    test: str
+    entry_point: str
+
+    def passes(self, line: str) -> bool:
+        """Whether the program with this line meets its test."""
+        return execution.passes(f"{self.prefix}{line}{self.suffix}\n{self.test}\ncheck({self.entry_point})\n")
+
+
+class LineInfilling(Task):
+    """One line, by the means of a subclass."""
+
+    source, file = "loubnabnl/humaneval_infilling:HumanEval-SingleLineInfilling:test", "HumanEval-SingleLineInfilling"
+    metrics: ClassVar[dict[str, Metric]] = {
+        "exact_match": Metric("exact_match"),
+        "edit_similarity": Metric("edit_similarity"),
+        "pass_at_1": Metric("pass_at_1"),
+        "nats_per_token": Metric("nats", "tokens", better="lower"),
+    }
+
+    def item(self, record: dict[str, Any]) -> Line:
+        names = ("prompt", "canonical_solution", "suffix", "test", "entry_point")
+        prefix, line, suffix, test, entry_point = columns(record, names, self.name)
+        if "\n" in line.removesuffix("\n"):
+            raise ValueError(f"task {self.name} fills one line, got {line!r}")
+        end = "\n" * line.endswith("\n")  # stands whatever the line is
+        return Line(prefix, line.removesuffix("\n"), end + suffix, test, entry_point)
+
+    def evaluate(self, subject: Subject, items: Sequence[Any]) -> list[dict[str, Any]]:
+        asked = [of_pieces(subject.pieces, (item.prefix, item.line, item.suffix), 1) for item in items]
+        log_probs = answer(subject.model, asked, subject.group_size)
+        results = []
+        for item, question, log_prob in zip(items, asked, log_probs, strict=True):
+            text = self.fill(subject, item, len(question.targets))
+            result = {
+                "exact_match": float(text.rstrip() == item.line.rstrip()),
+                "edit_similarity": edit_similarity(text.strip(), item.line.strip()),
+                "nats": -log_prob, "tokens": len(question.targets), "text": text, "reference": item.line,
+            }  # fmt: skip
+            if subject.execute_code:
+                result["pass_at_1"] = float(item.passes(text))
+            results.append(result)
+        return results
+
+    def fill(self, subject: Subject, item: Line, tokens: int) -> str:
+        """The line that is written; `tokens`: how many the true one has."""
+        raise NotImplementedError
+
+
+def _infill(subject: Subject, item: Line, length: int | str) -> str:
+    infiller = Infiller(subject.model, subject.tokenizer)
+    text = f"{item.prefix}{BLANK}{item.suffix}"
+    (span,) = infiller(text, blank=BLANK, length=length, policy=subject.policy, single_line=True).spans
+    return span.text
+
+
+class TrueLength(LineInfilling):
+    """At its true length in tokens, which no user knows."""
+
+    name, about = "humaneval_infilling", "a missing line, at its true length"
+
+    def fill(self, subject: Subject, item: Line, tokens: int) -> str:
+        return _infill(subject, item, tokens)
+
+
+class AutoLength(LineInfilling):
+    """At the length that the model finds."""
+
+    name, about = "humaneval_infilling_auto", "a missing line, at a length that the model finds"
+
+    def fill(self, subject: Subject, item: Line, tokens: int) -> str:
+        return _infill(subject, item, "auto")
+
+
+class FillInTheMiddle(LineInfilling):
+    """By the base model's own tokens for it: prefix, suffix, then the line, greedy up to its end."""
+
+    name, about = "humaneval_infilling_fim", "a missing line, by the base model's own fill-in-the-middle tokens"
+
+    def fill(self, subject: Subject, item: Line, tokens: int) -> str:
+        marks = [subject.tokenizer.convert_tokens_to_ids(mark) for mark in FIM]
+        if any(mark is None or mark == subject.tokenizer.unk_token_id for mark in marks):
+            raise ValueError(f"task {self.name}: the base model has no {', '.join(FIM)}")
+        own = [subject.pieces.encode(text, at_start=True) for text in (item.prefix, item.suffix)]
+        prompt = torch.tensor([[marks[0], *own[0], marks[1], *own[1], marks[2]]])
+        made = subject.model.generate(prompt, max_new_tokens=LONGEST_LINE, policy=subject.policy, do_sample=False)
+        assert isinstance(made, torch.Tensor)
+        new = made[0, prompt.shape[1] :].tolist()
+        end = subject.tokenizer.eos_token_id
+        text = subject.pieces.decode(new[: new.index(end)] if end in new else new)
+        return text.partition("\n")[0]

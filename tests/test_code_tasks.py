@@ -1,0 +1,133 @@
+"""HumanEval's missing lines: what is asked, how a line is judged, and that programs are shut in."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyorder import load
+from anyorder.cli import main
+from anyorder.evaluation import execution, questions
+from anyorder.evaluation.code_tasks import FIM, AutoLength, FillInTheMiddle, TrueLength
+from anyorder.evaluation.task import Subject
+
+RECORD = {
+    "prompt": "def f(x):\n", "canonical_solution": "    y = x\n", "suffix": "    return y\n",
+    "test": "def check(g):\n    assert g(3) == 3\n", "entry_point": "f",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def subject(checkpoint):
+    return Subject(*load(str(checkpoint)))
+
+
+@pytest.fixture(scope="module")
+def shut_in():
+    try:
+        execution.passes("pass")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("task", [TrueLength(), AutoLength()])
+def test_a_line_is_filled_between_what_stands_around_it(subject, task):
+    item = task.item(RECORD)
+    assert (item.prefix, item.line, item.suffix) == ("def f(x):\n", "    y = x", "\n    return y\n")
+    (result,) = task.evaluate(subject, [item])
+    asked = questions.of_pieces(subject.pieces, (item.prefix, item.line, item.suffix), 1)
+    assert result["nats"] == pytest.approx(-questions.answer(subject.model, [asked])[0], abs=1e-4)
+    assert result["tokens"] == len(asked.targets)
+    assert "\n" not in result["text"]
+    assert "pass_at_1" not in result
+    if isinstance(task, TrueLength):
+        assert len(subject.pieces.encode(result["text"])) <= result["tokens"]
+
+
+def test_the_base_models_own_tokens_are_needed_for_its_fill_in_the_middle(subject, monkeypatch):
+    task = FillInTheMiddle()
+    with pytest.raises(ValueError, match="the base model has no <.fim_prefix.>"):
+        task.evaluate(subject, [task.item(RECORD)])
+    seen = []
+
+    def generate(prompt, **options):
+        seen.append(prompt[0].tolist())
+        return torch.cat([prompt, torch.tensor([subject.pieces.encode("    y = x\nmore")])], dim=1)
+
+    marks = dict(zip(FIM, (5, 6, 7), strict=True))
+    monkeypatch.setattr(subject.tokenizer, "convert_tokens_to_ids", marks.get)
+    monkeypatch.setattr(subject.model, "generate", generate)
+    assert task.fill(subject, task.item(RECORD), 3) == "    y = x"
+    prefix, suffix = (subject.pieces.encode(text, at_start=True) for text in (RECORD["prompt"], "\n    return y\n"))
+    assert seen == [[5, *prefix, 6, *suffix, 7]]
+
+
+def test_several_lines_are_not_one():
+    with pytest.raises(ValueError, match="fills one line"):
+        TrueLength().item(RECORD | {"canonical_solution": "a\nb\n"})
+
+
+def test_programs_are_judged_by_their_tests(shut_in):
+    item = TrueLength().item(RECORD)
+    assert item.passes("    y = x")
+    assert not item.passes("    y = x + 1")
+    assert not item.passes("    y = (")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "x = bytearray(1 << 31)",
+        "open('file', 'wb').write(b'0' * (1 << 22))",
+        "import socket; socket.create_connection(('127.0.0.1', PORT), 1)",
+    ],
+)
+def test_programs_are_shut_in(program, shut_in):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        socket.create_connection(("127.0.0.1", int(port)), 1).close()  # it is there, for us
+        assert not execution.passes(program.replace("PORT", port), seconds=2)
+    assert execution.passes("print('fine')")
+
+
+def test_what_a_program_has_begun_ends_with_it(shut_in, monkeypatch):
+    groups, kill = [], os.killpg
+    monkeypatch.setattr(execution.os, "killpg", lambda group, sign: (groups.append(group), kill(group, sign)))
+    execution.passes("import os, time\nif os.fork() == 0: time.sleep(60)")
+    (group,) = groups
+    for _ in range(100):  # until whoever takes over orphans has seen that it is dead
+        try:
+            kill(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    states = [
+        Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+        for name in os.listdir("/proc")
+        if name.isdigit()
+    ]
+    assert not [state for state in states if int(state[2]) == group and state[0] != "Z"]
+
+
+def test_programs_are_run_only_where_the_user_says_so(checkpoint, tmp_path, capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(execution, "passes", lambda program: ran.append(program) or True)
+    (tmp_path / "lines.jsonl").write_text(json.dumps(RECORD) + "\n")
+    arguments = ["eval", "humaneval_infilling", "--model", str(checkpoint), "--json",
+                 "--data", f"humaneval_infilling={tmp_path / 'lines.jsonl'}"]  # fmt: skip
+    assert main([*arguments, "--out", str(tmp_path / "not")]) == 0
+    assert "pass_at_1" not in json.loads(capsys.readouterr().out)["tasks"]["humaneval_infilling"]
+    assert not ran
+    assert main([*arguments, "--out", str(tmp_path / "yes"), "--execute-code"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"]["humaneval_infilling"]["pass_at_1"]["value"] == 1
+    (program,) = ran
+    assert program.startswith("def f(x):\n")
+    assert program.endswith("check(f)\n")
