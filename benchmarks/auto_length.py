@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from infill_loss import BLANK, read
@@ -62,14 +63,18 @@ def main() -> None:
         options.output.write_text("\n".join(lines) + "\n")
 
 
-def filled(infiller: Infiller, texts: list[str], lengths: Sequence[Length]) -> list[Span]:
-    """The blank of each text, filled at its length; texts of one length together."""
+def filled(
+    infiller: Infiller, texts: list[str], lengths: Sequence[Length], together: int = TOGETHER, **options: Any
+) -> list[Span]:
+    """The blank of each text, filled at its length; texts of one length together. What a text draws is its number's."""
     found: dict[int, Span] = {}
     for length in tqdm(dict.fromkeys(lengths), unit="length"):
         own = [number for number, one in enumerate(lengths) if one == length]
-        for first in range(0, len(own), TOGETHER):
-            batch = own[first : first + TOGETHER]
-            infills = infiller([texts[number] for number in batch], length=length)
+        for first in range(0, len(own), together):
+            batch = own[first : first + together]
+            if options.get("temperature"):
+                options["generator"] = [torch.Generator().manual_seed(number) for number in batch]
+            infills = infiller([texts[number] for number in batch], length=length, **options)
             found |= {number: infill.spans[0] for number, infill in zip(batch, infills, strict=True)}
     return [found[number] for number in range(len(texts))]
 

@@ -12,7 +12,6 @@ is likely.
 from __future__ import annotations
 
 import argparse
-import itertools
 import shlex
 import sys
 import time
@@ -20,14 +19,14 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from auto_length import filled
 from infill_loss import BLANK, read
-from torch import Tensor
 from tqdm import tqdm
 
-from anyorder import DEFAULT_MODEL, AnyOrderForCausalLM, Infiller, load
+from anyorder import DEFAULT_MODEL, AnyOrderForCausalLM, Factorization, Infiller, load
 from anyorder.bench.quality import rouge_l
 from anyorder.decoding import policies
-from anyorder.infill.infiller import Infill
+from anyorder.evaluation import text_metrics
 from anyorder.infill.pieces import Pieces
 
 WAYS = (
@@ -70,7 +69,7 @@ def main() -> None:
             if coupling == "off" and (policy.startswith("speculative") or policy == "groupwise:size=1"):
                 continue  # the same text as with it
             start = time.perf_counter()
-            fills = filled(Infiller(one, tokenizer), stories, policy, options)
+            fills = third_sentences(Infiller(one, tokenizer), stories, policy, options)
             seconds = (time.perf_counter() - start) / len(stories)
             lines.append(row(policy, coupling, stories, fills, references, judge, true, seconds))
     print("\n".join(lines))
@@ -78,21 +77,15 @@ def main() -> None:
         options.output.write_text("\n".join(lines) + "\n")
 
 
-def filled(infiller: Infiller, stories: list[list[str]], policy: str, options: argparse.Namespace) -> list[str]:
-    """The third sentences; stories of one length together."""
+def third_sentences(
+    infiller: Infiller, stories: list[list[str]], policy: str, options: argparse.Namespace
+) -> list[str]:
+    """The third sentences, as they are filled."""
     lengths = [len(infiller.pieces.encode(" " + story[BLANK])) for story in stories]
-    found: dict[int, Infill] = {}
-    for length in dict.fromkeys(lengths):
-        own = [number for number, one in enumerate(lengths) if one == length]
-        for first in range(0, len(own), options.batch_size):
-            batch = own[first : first + options.batch_size]
-            texts = [" ".join([*stories[n][:BLANK], "___", *stories[n][BLANK + 1 :]]) for n in batch]
-            draws = {} if options.temperature == 0 else {
-                "temperature": options.temperature, "generator": [torch.Generator().manual_seed(n) for n in batch]
-            }  # fmt: skip
-            infills = infiller(texts, length=length, policy=policies.parse(policy), **draws)
-            found |= dict(zip(batch, infills, strict=True))
-    return [found[number].spans[0].text for number in range(len(stories))]
+    texts = [" ".join([*story[:BLANK], "___", *story[BLANK + 1 :]]) for story in stories]
+    draws = {"temperature": options.temperature} if options.temperature else {}
+    spans = filled(infiller, texts, lengths, options.batch_size, policy=policies.parse(policy), **draws)
+    return [span.text for span in spans]
 
 
 def row(
@@ -107,13 +100,11 @@ def row(
 ) -> str:
     whole = [[*story[:BLANK], fill.strip(), *story[BLANK + 1 :]] for story, fill in zip(stories, fills, strict=True)]
     own, behind = judged(judge, pieces, whole)
-    pairs = [list(itertools.pairwise(words)) for words in (fill.split() for fill in fills) if len(words) > 1]
-    distinct = mean(len(set(found)) / len(found) for found in pairs)
+    distinct = mean(text_metrics.distinct(words, 2) for words in map(str.split, fills) if len(words) > 1)
     score = rouge_l(fills, references)
     return f"| {name} | {coupling} | {score:.3f} | {own:.2f} | {behind:.3f} | {distinct:.2f} | {seconds:.2f} |"
 
 
-@torch.no_grad()
 def judged(judge: AnyOrderForCausalLM, pieces: Pieces, stories: list[list[str]]) -> tuple[float, float]:
     """Nats a token of the third sentence given those before it, and of the last two given all before them."""
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
@@ -121,19 +112,12 @@ def judged(judge: AnyOrderForCausalLM, pieces: Pieces, stories: list[list[str]])
         parts = [pieces.encode(s if k == 0 else " " + s, at_start=k == 0) for k, s in enumerate(sentences)]
         ids = torch.tensor([[pieces.start_token(), *(token for part in parts for token in part)]])
         ends = torch.tensor([1, *map(len, parts)]).cumsum(0).tolist()
-        losses = -left_to_right(judge, ids)[0]
+        losses = -judge.log_likelihood(ids, Factorization.left_to_right(ids.shape[1]))[0]
         for k, (begin, end) in enumerate(((ends[BLANK], ends[BLANK + 1]), (ends[BLANK + 1], ends[-1]))):
             sums[k] += float(losses[begin:end].sum())
             counts[k] += end - begin
     own, behind = (sums / counts).tolist()
     return own, behind
-
-
-def left_to_right(judge: AnyOrderForCausalLM, ids: Tensor) -> Tensor:
-    """(1, T) log p of each token given those before it."""
-    logits = judge.causal_lm(ids, use_cache=False).logits[:, :-1].float()
-    found = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    return torch.nn.functional.pad(found, (1, 0))
 
 
 if __name__ == "__main__":

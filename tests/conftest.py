@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from anyorder import AnyOrderForCausalLM
 
@@ -79,6 +80,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrai
     base_model("llama", vocabulary=len(byte_tokenizer)).save_pretrained(directory)
     byte_tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def with_template(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint with a chat template."""
+
+    def saved(template: str) -> Path:
+        directory = tmp_path_factory.mktemp("instruct") / "model"
+        shutil.copytree(checkpoint, directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return saved
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from anyorder import AnyOrderForCausalLM, Factorization, Infiller, load
 from command_line import run
@@ -19,14 +17,8 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def instruct(checkpoint, tmp_path_factory):
-    """The checkpoint with a chat template."""
-    directory = tmp_path_factory.mktemp("instruct") / "model"
-    shutil.copytree(checkpoint, directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(directory)
-    return directory
+def instruct(with_template):
+    return with_template(TEMPLATE)
 
 
 def test_chat_answers_a_message(capsys, instruct):

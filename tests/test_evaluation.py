@@ -242,6 +242,7 @@ def test_two_runs_are_compared_item_by_item(checkpoint, data, tmp_path, capsys):
     [
         (["helaswag", "--out", "OUT"], "no task 'helaswag'; did you mean 'hellaswag'?"),
         (["hellaswag"], "name a task and --out DIR"),
+        (["hellaswag", "--out", "OUT", "--policy", "grupwise", "--data", "hellaswag=GOOD"], "no policy 'grupwise'"),
         (["hellaswag", "--out", "OUT", "--data", "hellaswag"], "--data takes TASK=SOURCE, got 'hellaswag'"),
         (["hellaswag", "--out", "OUT", "--data", "piqa=x.jsonl"], "piqa is none of the tasks hellaswag"),
         (["hellaswag", "--out", "OUT", "--data", "hellaswag=none.jsonl"], "no such file: none.jsonl"),
@@ -255,7 +256,12 @@ def test_mistakes_are_told_before_a_model_is_loaded(arguments, message, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("anyorder.cli.eval.load_model", None)
     (tmp_path / "bad.jsonl").write_text(json.dumps(RECORDS["hellaswag"][0]) + "\n{oops\n")
-    own = {"OUT": str(tmp_path / "out"), "hellaswag=BAD": f"hellaswag={tmp_path / 'bad.jsonl'}"}
+    (tmp_path / "good.jsonl").write_text(json.dumps(RECORDS["hellaswag"][0]) + "\n")
+    own = {
+        "OUT": str(tmp_path / "out"),
+        "hellaswag=GOOD": f"hellaswag={tmp_path / 'good.jsonl'}",
+        "hellaswag=BAD": f"hellaswag={tmp_path / 'bad.jsonl'}",
+    }
     assert main(["eval", *(own.get(one, one) for one in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

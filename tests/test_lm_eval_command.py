@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import shutil
 import sys
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from harness import QUESTIONS, TASKS, requests, write_tasks
 
@@ -31,14 +29,8 @@ def tasks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def instruct(checkpoint, tmp_path_factory):
-    """The checkpoint with a chat template."""
-    directory = tmp_path_factory.mktemp("instruct") / "model"
-    shutil.copytree(checkpoint, directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(directory)
-    return directory
+def instruct(with_template):
+    return with_template(TEMPLATE)
 
 
 @pytest.fixture

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from statistics import mean
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from anyorder.evaluation import text_metrics
 
 ROWS = 4
 """Sequences that are scored in one forward."""
@@ -27,25 +30,11 @@ def nats_per_token(base: PreTrainedModel, sequences: Sequence[Tensor], new: int)
 
 
 def distinct(sequences: Sequence[Tensor], new: int, n: int = 2) -> float:
-    """Share of different n-grams among all n-grams of the new tokens of each sequence, averaged (Li et al. 2016)."""
-    shares = []
-    for ids in sequences:
-        grams = ids[-new:].unfold(0, n, 1)
-        shares.append(len(grams.unique(dim=0)) / len(grams))
-    return sum(shares) / len(shares)
+    """Share of different n-grams among all n-grams of the new tokens of each sequence, averaged."""
+    return mean(text_metrics.distinct(ids[-new:].tolist(), n) for ids in sequences)
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Mean ROUGE-L F1 by Google's rouge-score, with stemming.
-
-    Raises:
-        ValueError: if rouge-score is not installed.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ValueError("ROUGE needs rouge-score: pip install 'anyorder[bench]'") from error
-    score: Callable[[str, str], dict[str, tuple[float, float, float]]] = RougeScorer(["rougeL"], use_stemmer=True).score
-    return sum(score(reference, text)["rougeL"][2] for text, reference in zip(texts, references, strict=True)) / len(
-        texts
-    )
+    """Mean ROUGE-L F1: see `text_metrics.rouge`."""
+    pairs = zip(texts, references, strict=True)
+    return mean(text_metrics.rouge(text, reference)["rougeL"] for text, reference in pairs)

@@ -18,7 +18,6 @@ from anyorder.evaluation.questions import answer, of_pieces
 from anyorder.evaluation.sources import columns
 from anyorder.evaluation.task import Metric, Subject, Task
 from anyorder.evaluation.text_metrics import edit_similarity
-from anyorder.infill.infiller import Infiller
 
 BLANK = "<<<the line>>>"
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -82,9 +81,8 @@ class LineInfilling(Task):
 
 
 def _infill(subject: Subject, item: Line, length: int | str) -> str:
-    infiller = Infiller(subject.model, subject.tokenizer)
     text = f"{item.prefix}{BLANK}{item.suffix}"
-    (span,) = infiller(text, blank=BLANK, length=length, policy=subject.policy, single_line=True).spans
+    (span,) = subject.infiller(text, blank=BLANK, length=length, policy=subject.policy, single_line=True).spans
     return span.text
 
 

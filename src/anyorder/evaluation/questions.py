@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from anyorder.core.factorization import Factorization
 from anyorder.decoding.policies import Policy
+from anyorder.evaluation.batches import batches
 from anyorder.infill.pieces import Pieces
 from anyorder.modeling import AnyOrderForCausalLM
 from anyorder.scoring import TOKENS_AT_ONCE, log_likelihood
@@ -63,10 +65,9 @@ def to_continue(pieces: Pieces, text: str, new_tokens: int) -> Question:
 
 def fill(model: AnyOrderForCausalLM, questions: Sequence[Question], policy: Policy) -> list[list[int]]:
     """The likeliest tokens at each question's targets, under a policy, in one batch; ends are tokens like others."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(q.ids) for q in questions], batch_first=True)
-    orders = Factorization.stack([Factorization.conditional(q.targets, q.given, len(q.ids)) for q in questions])
-    made = model.generate(ids, factorization=orders, policy=policy, do_sample=False, eos_token_id=())
-    assert isinstance(made, torch.Tensor)
+    ids, order = _batch(questions)
+    made = model.generate(ids, factorization=order, policy=policy, do_sample=False, eos_token_id=())
+    assert isinstance(made, Tensor)
     return [made[n, list(q.targets)].tolist() for n, q in enumerate(questions)]
 
 
@@ -77,18 +78,18 @@ def answer(
 
     Questions of like length share a forward of at most `tokens_at_once` tokens; no result depends on the others'.
     """
-    order = sorted(range(len(questions)), key=lambda n: len(questions[n].ids))
     found = [0.0] * len(questions)
-    first = 0
-    while first < len(order):
-        last = first + 1
-        while last < len(order) and (last + 1 - first) * len(questions[order[last]].ids) <= tokens_at_once:
-            last += 1
-        some = [questions[n] for n in order[first:last]]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(q.ids) for q in some], batch_first=True)
-        each = [Factorization.conditional(q.targets, q.given, len(q.ids), group_size) for q in some]
-        sums = log_likelihood(model, ids, Factorization.stack(each)).double().sum(dim=1)
-        for n, value in zip(order[first:last], sums.tolist(), strict=True):
+    in_order = sorted(range(len(questions)), key=lambda n: len(questions[n].ids))
+    for numbers in batches(in_order, lambda n: len(questions[n].ids), tokens_at_once, None):
+        ids, order = _batch([questions[n] for n in numbers], group_size)
+        sums = log_likelihood(model, ids, order).double().sum(dim=1)
+        for n, value in zip(numbers, sums.tolist(), strict=True):
             found[n] = value
-        first = last
     return found
+
+
+def _batch(questions: Sequence[Question], group_size: int = 1) -> tuple[Tensor, Factorization]:
+    """(B, T) int64 ids, padded, and what is predicted of them."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(q.ids) for q in questions], batch_first=True)
+    each = [Factorization.conditional(q.targets, q.given, len(q.ids), group_size) for q in questions]
+    return ids, Factorization.stack(each)

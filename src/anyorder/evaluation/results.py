@@ -47,7 +47,7 @@ class Results:
 
     def done(self, task: str) -> int:
         """Items of a task that are written down whole; what a kill has cut off behind them is removed."""
-        file = self._file(task)
+        file = _items_file(self.directory, task)
         if not file.is_file():
             return 0
         data = file.read_bytes()
@@ -59,14 +59,10 @@ class Results:
 
     def append(self, task: str, results: Sequence[dict[str, Any]]) -> None:
         """Write items down behind those of a task that are there, so that they survive whatever comes."""
-        with self._file(task).open("ab") as out:
+        with _items_file(self.directory, task).open("ab") as out:
             out.write("".join(json.dumps(result) + "\n" for result in results).encode())
             out.flush()
             os.fsync(out.fileno())
-
-    def items(self, task: str) -> list[dict[str, Any]]:
-        """All items of a task, in their order."""
-        return read_items(self.directory, task)
 
     def report(self, metrics: dict[str, dict[str, Metric]]) -> dict[str, Any]:
         """Write the report of all tasks, as JSON and as a Markdown table, and return it.
@@ -76,7 +72,7 @@ class Results:
         """
         found: dict[str, Any] = {}
         for task, own in metrics.items():
-            results = self.items(task)
+            results = read_items(self.directory, task)
             found[task] = {
                 name: vars(metric.estimate(results)) for name, metric in own.items() if metric.is_known(results)
             }
@@ -84,9 +80,6 @@ class Results:
         _replace(self.directory / REPORT, json.dumps(report, indent=1) + "\n")
         _replace(self.directory / TABLE, table(report) + "\n")
         return report
-
-    def _file(self, task: str) -> Path:
-        return self.directory / f"{task}.jsonl"
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -103,9 +96,13 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def read_items(directory: Path, task: str) -> list[dict[str, Any]]:
-    """All items of a task of a run."""
-    file = directory / f"{task}.jsonl"
+    """All items of a task of a run, in their order."""
+    file = _items_file(directory, task)
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _items_file(directory: Path, task: str) -> Path:
+    return directory / f"{task}.jsonl"
 
 
 def table(report: dict[str, Any]) -> str:

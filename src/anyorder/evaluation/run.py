@@ -45,6 +45,7 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     """
     import json
 
+    from anyorder.decoding import policies
     from anyorder.evaluation import results
     from anyorder.evaluation.tasks import TASKS, task_of
 
@@ -60,12 +61,13 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
         return
     if not options.tasks or options.out is None:
         raise ValueError("name a task and --out DIR; `anyorder eval --list` shows the tasks")
+    policy = policies.parse(options.policy)  # a mistake leaves no directory behind
     tasks = [task_of(name) for name in dict.fromkeys(options.tasks)]
     read = {task.name: _read(task, options) for task in tasks}
     items = {task.name: [task.item(record) for record in read[task.name][0]] for task in tasks}
     settings = _settings(options, {name: fingerprint for name, (_, fingerprint) in read.items()})
     written = results.Results(options.out, settings)
-    _evaluate(options, tasks, items, written, load)
+    _evaluate(options, policy, tasks, items, written, load)
     report = written.report({task.name: task.metrics for task in tasks})
     print(json.dumps(report) if options.json else results.table(report))
 
@@ -112,21 +114,24 @@ def _settings(options: argparse.Namespace, data: dict[str, str]) -> dict[str, An
 
 
 def _evaluate(
-    options: argparse.Namespace, tasks: list[Any], items: dict[str, list[Any]], written: Any, load: Callable[..., Any]
+    options: argparse.Namespace,
+    policy: Any,
+    tasks: list[Any],
+    items: dict[str, list[Any]],
+    written: Any,
+    load: Callable[..., Any],
 ) -> None:
     from tqdm import tqdm
 
-    from anyorder.decoding import policies
     from anyorder.evaluation.task import Subject
 
-    policy = policies.parse(options.policy)
-    left = {task.name: len(items[task.name]) - written.done(task.name) for task in tasks}
-    if not any(left.values()):
+    done = {task.name: written.done(task.name) for task in tasks}
+    if all(done[name] == len(items[name]) for name in done):
         return
     model, tokenizer = load(options)
     subject = Subject(model, tokenizer, policy, options.group_size, options.execute_code)
     for task in tasks:
-        every, first = items[task.name], written.done(task.name)
+        every, first = items[task.name], done[task.name]
         with tqdm(total=len(every), initial=first, desc=task.name, unit="item", disable=not sys.stderr.isatty()) as bar:
             while first < len(every):
                 some = every[first : first + options.batch_size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anyorder.decoding.policies import Policy, groupwise
 from anyorder.evaluation.statistics import Estimate, ratio_of_sums
+from anyorder.infill.infiller import Infiller
 from anyorder.infill.pieces import Pieces
 from anyorder.modeling import AnyOrderForCausalLM
 
@@ -59,8 +61,14 @@ class Subject:
     group_size: int = 1
     execute_code: bool = False
 
-    def __post_init__(self) -> None:
-        self.pieces = Pieces(self.tokenizer)
+    @cached_property
+    def pieces(self) -> Pieces:
+        return Pieces(self.tokenizer)
+
+    @cached_property
+    def infiller(self) -> Infiller:
+        """Made once: it reads the whole vocabulary."""
+        return Infiller(self.model, self.tokenizer)
 
 
 class Task(ABC):

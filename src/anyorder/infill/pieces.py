@@ -93,6 +93,10 @@ class Pieces:
         Raises:
             ValueError: if the tokenizer has none of them.
         """
+        return self._start_token
+
+    @cached_property
+    def _start_token(self) -> int:
         vocabulary = self.tokenizer.get_vocab()
         candidates = [vocabulary.get(name) for name in DOCUMENT_STARTS]
         for token_id in (*candidates, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):

@@ -135,7 +135,7 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_lengt
 
 
 def _records(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
-    start = Pieces(tokenizer).start_token()  # reads the whole vocabulary: once a batch, not once a text
+    start = Pieces(tokenizer).start_token()
     texts = [text for text in batch["text"] if isinstance(text, str)]
     found = list(cut(texts, tokenizer, max_length, start))
     starts = [document.sentence_starts for document in found]

@@ -56,7 +56,7 @@ class MaskedDiffusionLM(ConvertedModel):
         model: str | PreTrainedModel,
         recipe: str = "exact",
         adapter: str | adapters.Adapter | None = None,
-        attn_implementation: str = "sdpa",
+        *args: Any,
         **kwargs: Any,
     ) -> Self:
         """As `AnyOrderForCausalLM.from_causal_lm`, with all weights or with a plain LoRA.
@@ -71,7 +71,7 @@ class MaskedDiffusionLM(ConvertedModel):
             )
         if recipe != "exact":
             raise ValueError(f"masked diffusion keeps the base model's shift: leave recipe={recipe!r} out")
-        return super().from_causal_lm(model, recipe, adapter, attn_implementation, **kwargs)
+        return super().from_causal_lm(model, recipe, adapter, *args, **kwargs)
 
     def couple(self, coupling: Coupling) -> NoReturn:
         """ValueError: masked tokens are predicted independently of each other."""

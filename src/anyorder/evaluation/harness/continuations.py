@@ -25,7 +25,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from anyorder.core.factorization import ABSENT
 from anyorder.decoding.request import end_ids
 from anyorder.decoding.sampling import DRAWING
-from anyorder.evaluation.harness.batches import batches
+from anyorder.evaluation.batches import batches
 from anyorder.evaluation.harness.encoding import TextEncoder
 from anyorder.evaluation.harness.likelihoods import seed_of
 from anyorder.evaluation.harness.settings import Settings

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from anyorder import scoring
 from anyorder.core.factorization import Factorization
-from anyorder.evaluation.harness.batches import batches
+from anyorder.evaluation.batches import batches
 from anyorder.evaluation.harness.encoding import Encoded, Window, windows
 from anyorder.evaluation.harness.settings import Settings
 from anyorder.model.base import AnyOrderPreTrainedModel
