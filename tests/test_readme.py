@@ -16,7 +16,9 @@ README = Path(__file__).parent.parent / "README.md"
 if not README.exists():  # the tests of an installed wheel may lie elsewhere
     pytest.skip("no README beside the tests", allow_module_level=True)
 TEXT = README.read_text()
-MEASURED = ("control.md", "bench/bench.md", "bench_batches/bench.md", "bench_query/bench.md")
+MEASURED = (
+    "control.md", "bench/bench.md", "bench_batches/bench.md", "bench_query/bench.md", "bench_coupled/bench.md"
+)  # fmt: skip
 """Pages whose tables a program wrote."""
 
 
