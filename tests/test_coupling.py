@@ -337,7 +337,7 @@ def test_products_are_saved_where_the_head_is_linear_and_nowhere_else(architectu
     if linear:
         hidden, code = torch.randn(5, 32, generator=generator()), torch.randn(5, 8, generator=generator(1))
         expected = model.head(hidden + model.coupling.up(code))
-        torch.testing.assert_close(model.head(hidden) + code @ found[1], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.head(hidden) + code @ found[1].t(), expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found[0], model.head(torch.zeros(1, 32))[0])
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from anyorder.core.layout import Rows
 from anyorder.model.base import AnyOrderPreTrainedModel
-from anyorder.model.coupling import MemberNetwork
+from anyorder.model.coupling import MemberNetwork, product
 from anyorder.model.kv_cache import KeyValueStore
 
 _OF_CODES: WeakKeyDictionary[MemberNetwork, tuple[list[tuple[object, ...]], tuple[Tensor, Tensor] | None]]
@@ -72,7 +72,7 @@ class ModelRunner(ABC):
         if made is None:
             return self.logits(hidden + coupling.up(code).to(hidden.dtype)).float()
         _, of_codes = made
-        return logits + (code.to(of_codes.dtype) @ of_codes).float()
+        return logits + product(code.to(of_codes.dtype), of_codes).float()
 
     def draft_logits(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
         """(N, V) float32 logits of members, from (N, E) hidden states of the rows that predict their groups' first."""
@@ -83,7 +83,7 @@ class ModelRunner(ABC):
         if made is None:
             return self.logits(coupling.drafts.up(code).to(hidden.dtype)).float()
         constant, of_codes = made
-        return constant + (code.to(of_codes.dtype) @ of_codes).float()
+        return constant + product(code.to(of_codes.dtype), of_codes).float()
 
     def _code(
         self, network: MemberNetwork, hidden: Tensor, members: Tensor, distances: Tensor
@@ -104,6 +104,10 @@ class ModelRunner(ABC):
     def capacity(self, columns: int) -> int:
         """Ranks that the store of a run over so many columns must have."""
         return columns
+
+    def new_store(self, rows: int, capacity: int) -> KeyValueStore:
+        """An empty store for a batch of so many rows; the one that was made before is no longer used."""
+        return KeyValueStore(capacity)
 
     @abstractmethod
     def check(self) -> None:
@@ -130,7 +134,7 @@ def weights_of(model: nn.Module) -> list[tuple[object, ...]]:
     """What changes when weights do: of each parameter and buffer its name, kind and place, and the sum of its bits.
 
     The sum is what tells edits that PyTorch does not count (`parameter.data`, another process's memory). It reads every
-    weight once: some 40 ms for 135 million of float32 on two cores.
+    weight once.
     """
     return [
         (name, part.dtype, part.device, tuple(part.shape), _sum_of_bits(part))
@@ -149,10 +153,9 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 @torch.no_grad()
 def _sum_of_bits(tensor: Tensor) -> int:
-    flat = tensor.detach().reshape(-1)
-    return int(flat.view(_BITS[flat.element_size()]).sum(dtype=torch.int64)) if flat.numel() else 0
+    """Of its memory in words of eight bytes, which wrap around; some 2 ms for 28 million numbers of bfloat16."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    whole = flat.numel() - flat.numel() % 8
+    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum(dtype=torch.int64))
