@@ -20,7 +20,7 @@ LEVELS = [
     {"decoding"},
     {"modeling", "policies", "constraints", "revision"},  # the last three: public paths of what lies in decoding
     {"loading", "infill", "trace"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "serving"},
     {"bench"},
     {"__init__"},
     {"cli"},

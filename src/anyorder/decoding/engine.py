@@ -149,14 +149,14 @@ class Run:
     def encode_anew(self) -> None:
         """Start from an empty cache: all that is known becomes one group, in the order of positions."""
         self.tokens = Arrangement(self.ids, self.factorization, self.runner.model.recipe)
-        self.store = KeyValueStore(self.capacity)
+        self.store = self.runner.new_store(len(self.ids), self.capacity)
         self.stored = torch.arange(len(self.ids))
         self.first = self.count = torch.zeros_like(self.tokens.counts)
         self.append(self.known)
 
     def _take_over(self, encoded: Sequence[KeyValueStore | None]) -> None:
         """What has been encoded elsewhere is not due."""
-        self.store = KeyValueStore.batched(encoded, self.capacity)
+        self.store.begin_with(encoded)
         done = torch.tensor([0 if row is None else row.capacity for row in encoded])
         self.first = self.first + done
         self.count = self.count - done

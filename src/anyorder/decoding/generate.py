@@ -145,6 +145,7 @@ def stream(
         forced_ids: (B, T) int64, tokens to commit instead of drawing; -100 where a token is to be drawn. A forced token
             is never an end.
         compile: run steps as compiled code; the first of each shape takes minutes, once a machine (see `compiled`).
+        runner: a `runtime.runner.ModelRunner` of this model, which executes the forwards; default: eager PyTorch.
         use_cache and others of transformers' names that change no result there: no effect (`conventions`).
 
     With prompts, T of allowed_tokens, blank_constraints and forced_ids is the longest prompt and the new tokens,

@@ -38,7 +38,7 @@ from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.compatibility import context_length
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.compiled import compiled_runner
-from anyorder.runtime.runner import EagerRunner
+from anyorder.runtime.runner import EagerRunner, ModelRunner
 
 DEFAULT_NEW_TOKENS = 20
 
@@ -73,6 +73,7 @@ class Options:
     blank_constraints: BlankConstraints | None = None
     forced_ids: Tensor | None = None
     compile: bool = False
+    runner: ModelRunner | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -220,7 +221,7 @@ def start(
     processors = _processors(options, factorization, policy)
     drawer = Drawer(sampler, must_match, forced, processors, records)
     rule = _end_rule(options, factorization, policy, model.vocabulary_size)
-    runner = compiled_runner(model) if options.compile else EagerRunner(model)
+    runner = options.runner or (compiled_runner(model) if options.compile else EagerRunner(model))
     if options.compile or model.recipe != "exact":  # the first forward is made for a whole prompt; keys read all given
         encoded = None
     run = Run(runner, request.ids, factorization, drawer, numbers, rule, encoded)

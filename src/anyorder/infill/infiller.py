@@ -39,7 +39,7 @@ from anyorder.modeling import AnyOrderForCausalLM
 
 MANY = 4
 """Blanks from which on short ones are drafted."""
-_PASSED_ON = ("do_sample", *DRAWING, "repetition_penalty", "compile")
+_PASSED_ON = ("do_sample", *DRAWING, "repetition_penalty", "compile", "runner")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Infiller:
                 the others.
             do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `generate`; a generator implies
                 do_sample, unless it is False.
-            compile: as in `generate`.
+            compile, runner: as in `generate`.
 
         Raises:
             ValueError: no blank, a length that does not fit, an unknown option, a text longer than the context.
@@ -181,7 +181,7 @@ class Infiller:
         do_sample = does_sample(sampling.get("do_sample"), generator, sampling)
         heat = (sampling.get("temperature") or 1.0) if do_sample else None
         sources = generators if generators is not None else [None] * len(templates)
-        sought = self.seeker.seek(templates, tried, wanted, rules.suppressed, sources, heat)
+        sought = self.seeker.seek(templates, tried, wanted, rules.suppressed, sources, heat, sampling.get("runner"))
         encoded = [
             self._blanks.encode(template, own.lengths, {k: decision.ids for k, decision in own.decisions.items()})
             for template, own in zip(templates, sought, strict=True)

@@ -36,7 +36,7 @@ from anyorder.infill.lengths import LengthPrior, Tries, chosen
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.model.lm_head import Predictions
-from anyorder.runtime.runner import EagerRunner
+from anyorder.runtime.runner import EagerRunner, ModelRunner
 
 BATCH_ROWS = 4096
 """Rows of one forward, padding included, that texts are put together up to."""
@@ -81,6 +81,7 @@ def look_ahead(
     prior: LengthPrior,
     limit: int | None,
     keep: bool = False,
+    runner: ModelRunner | None = None,
 ) -> tuple[list[Found], int]:
     """A length for every gap, of those that fit, by evidence and prior.
 
@@ -92,6 +93,7 @@ def look_ahead(
             all are, the first is taken.
         keep: hand on the keys and values that were made, if they are those of given tokens whatever comes behind them:
             in the exact recipe.
+        runner: executes the forwards; None: eager PyTorch.
 
     Returns:
         What was found for each text, and the number of forwards.
@@ -99,7 +101,7 @@ def look_ahead(
     found, forwards, exact = [], 0, model.recipe == "exact"
     for batch in _batches(texts):
         walks = [_Walk(parts, prior, limit) for parts in batch]
-        reader = _Reader(model, walks, keep and exact)
+        reader = _Reader(model, walks, keep and exact, runner or EagerRunner(model))
         asking = list(range(len(walks)))
         while True:
             waves = {number: walks[number].wave(WAVE_ROWS // len(asking) if exact else 0) for number in asking}
@@ -299,18 +301,18 @@ def _prior_alone(lengths: Sequence[int], opens: bool) -> Tries:
 class _Reader:
     """The known tokens of a batch of texts, encoded as they are met."""
 
-    def __init__(self, model: AnyOrderPreTrainedModel, walks: Sequence[_Walk], keep: bool):
+    def __init__(self, model: AnyOrderPreTrainedModel, walks: Sequence[_Walk], keep: bool, runner: ModelRunner):
         self.model, self.walks = model, walks
         self.forwards = 0
-        self._runner, self._keep = EagerRunner(model), keep
+        self._runner, self._keep = runner, keep
         self._ids = torch.zeros(len(walks), max(walk.longest for walk in walks) + 1, dtype=torch.int64)
-        self._capacity = max(_known(walk.parts) for walk in walks)
+        self._capacity = runner.capacity(max(_known(walk.parts) for walk in walks))
         self._start_anew()
 
     def _start_anew(self) -> None:
         given = Factorization(torch.full_like(self._ids, GIVEN))
         self._tokens = Arrangement(self._ids, given, self.model.recipe)
-        self._store = KeyValueStore(self._capacity)
+        self._store = self._runner.new_store(len(self.walks), self._capacity)
         self._stored = list(range(len(self.walks)))
         self._placed: list[list[tuple[int, int]]] = [[] for _ in self.walks]  # what the store holds
 

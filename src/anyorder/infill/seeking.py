@@ -31,6 +31,7 @@ from anyorder.infill.template import Template
 from anyorder.model.compatibility import context_length
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.modeling import AnyOrderForCausalLM
+from anyorder.runtime.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class Seeker:
         suppressed: tuple[int, ...],
         generators: Sequence[torch.Generator | None],
         temperature: float | None,
+        runner: ModelRunner | None = None,
     ) -> list[Sought]:
         """Lengths and choices of a batch of texts.
 
@@ -110,6 +112,7 @@ class Seeker:
             suppressed: ids that no blank may hold.
             generators: one a text, of the choices that are drawn.
             temperature: of the choices; None: the likeliest string.
+            runner: executes the forwards that lengths are sought with; None: eager PyTorch.
 
         Raises:
             ValueError: if a text is longer than the model's context.
@@ -117,13 +120,13 @@ class Seeker:
         rows = zip(templates, tried, constraints, generators, strict=True)
         texts = [self._text(*row, suppressed) for row in rows]
         nothing: list[dict[int, Decision]] = [{} for _ in texts]
-        first, forwards = self._look_ahead(texts, [text.needs_open_choices for text in texts], nothing)
+        first, forwards = self._look_ahead(texts, [text.needs_open_choices for text in texts], nothing, runner=runner)
         undecided = [
             Undecided(text.template, text.choices, self._lengths(text, found), found.log_shares, text.generator)
             for text, found in zip(texts, first, strict=True)
         ]
         decisions, more = decide(self.model, self._blanks, undecided, temperature)
-        last, most = self._look_ahead(texts, [bool(text.sought) for text in texts], decisions, keep=True)
+        last, most = self._look_ahead(texts, [bool(text.sought) for text in texts], decisions, True, runner)
         forwards += more + most
         return [
             Sought(
@@ -190,6 +193,7 @@ class Seeker:
         wanted: Sequence[bool],
         decisions: Sequence[dict[int, Decision]],
         keep: bool = False,
+        runner: ModelRunner | None = None,
     ) -> tuple[list[Found], int]:
         """What was found for the texts that want it; nothing for the others."""
         chosen = [n for n, wants in enumerate(wanted) if wants]
@@ -198,7 +202,7 @@ class Seeker:
             return out, 0
         parts = [self._parts(texts[n], decisions[n]) for n in chosen]
         limit = context_length(self.model.causal_lm.config)
-        found, forwards = look_ahead(self.model, parts, self.prior, limit, keep)
+        found, forwards = look_ahead(self.model, parts, self.prior, limit, keep, runner)
         for n, own in zip(chosen, found, strict=True):
             out[n] = own
         return out, forwards

@@ -50,21 +50,24 @@ class KeyValueStore:
             store._layers[layer] = key, value
         return store
 
-    @classmethod
-    def batched(cls, rows: Sequence[KeyValueStore | None], capacity: int) -> KeyValueStore:
-        """A batch whose rows begin with copies of full stores of one row each; None: with nothing."""
-        store = cls(capacity)
+    @torch.inference_mode()
+    def begin_with(self, rows: Sequence[KeyValueStore | None]) -> None:
+        """Let the rows of the batch begin with copies of full stores of one row each; None: with nothing."""
         for number, row in enumerate(rows):
             if row is None:
                 continue
             for layer, parts in row._layers.items():
-                if layer not in store._layers:
-                    shape = len(rows), parts[0].shape[1], capacity + 1
-                    key, value = (part.new_zeros(*shape, part.shape[-1]) for part in parts)
-                    store._layers[layer] = key, value
-                for buffer, part in zip(store._layers[layer], parts, strict=True):
+                for buffer, part in zip(self._buffers(layer, len(rows), *parts), parts, strict=True):
                     buffer[number, :, : row.capacity] = part[0, :, : row.capacity]
-        return store
+
+    def _buffers(self, layer: int, rows: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers of a layer, made for so many rows if there are none, of the kind of (any, heads, any, head_dim)."""
+        if layer not in self._layers:
+            self._layers[layer] = self._empty(rows, key), self._empty(rows, value)
+        return self._layers[layer]
+
+    def _empty(self, rows: int, like: Tensor) -> Tensor:
+        return like.new_zeros(rows, like.shape[1], self.capacity + 1, like.shape[-1])
 
     def append(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> tuple[Tensor, Tensor]:
         """Store new content rows and return the whole buffers, each (B, heads, capacity + 1, head_dim).
@@ -79,13 +82,7 @@ class KeyValueStore:
         Keys that gradients flow through are returned in copies of the buffers and not kept: training reads them once,
         and gradient checkpointing appends them again.
         """
-        if layer not in self._layers:
-            B, heads, _, _ = key.shape
-            self._layers[layer] = (
-                key.new_zeros(B, heads, self.capacity + 1, key.shape[-1]),
-                value.new_zeros(B, heads, self.capacity + 1, value.shape[-1]),
-            )
-        buffers = self._layers[layer]
+        buffers = self._buffers(layer, len(key), key, value)
         if key.requires_grad or value.requires_grad:
             buffers = (buffers[0].clone(), buffers[1].clone())
         for buffer, new in zip(buffers, (key, value), strict=True):

@@ -1,0 +1,277 @@
+"""Forwards of many requests as one, at the seam between the engine and the forward.
+
+Each request is decoded by a thread of its own, by the same loop as anywhere else. Its runner hands what it needs to one
+thread that executes: as soon as every request at work waits for something, what is of one kind is put together. So
+requests of any policy, order, length and constraint share forwards, and none knows of the others.
+
+This module knows rows and hidden states; which requests are at work is the engine's business.
+
+Shapes: B slots of a forward, R rows of it (C content rows, then Q query rows), N hidden states, M members.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from anyorder.core.layout import Rows
+from anyorder.model.kv_cache import KeyValueStore
+from anyorder.runtime.runner import ModelRunner
+from anyorder.serving.slots import Prefixes, Slots
+
+T = TypeVar("T")
+LINGER = 0.01
+"""Seconds that a request waits for others that are at work; one that compiles a pattern holds nobody up longer."""
+TOGETHER = 64
+"""Rows of a request up to which its forward is put together with others, each padded to the longest."""
+
+
+@dataclass
+class _Call:
+    """What a request waits for."""
+
+    kind: str
+    arguments: tuple[Any, ...]
+    since: float
+    done: threading.Event = field(default_factory=threading.Event)
+    result: Any = None
+    error: BaseException | None = None
+
+
+class Joiner:
+    """Executes what requests wait for, in a thread of its own.
+
+    Args:
+        runner: of the model.
+        slots: of the requests.
+
+    Attributes:
+        forwards, rows: how many were executed, and how many requests' rows were in them.
+    """
+
+    def __init__(self, runner: ModelRunner, slots: Slots):
+        self.runner, self.slots = runner, slots
+        self.forwards = self.rows = 0
+        self._changed = threading.Condition()
+        self._waiting: list[_Call] = []
+        self._at_work = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="anyorder-forwards", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # a thread that is at work when the interpreter ends aborts it
+
+    def __enter__(self) -> None:
+        """A request begins to work."""
+        with self._changed:
+            self._at_work += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._at_work -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Execute what is waited for, and no more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def call(self, kind: str, *arguments: Any) -> Any:
+        """Wait for the result of a call; kinds are the methods of this class that take several calls at once."""
+        call = _Call(kind, arguments, time.monotonic())
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the server is closed")
+            self._waiting.append(call)
+            self._changed.notify_all()
+        call.done.wait()
+        if call.error is not None:
+            raise call.error
+        return call.result
+
+    def _loop(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    while not self._ready():
+                        if self._closed and not self._waiting:
+                            return
+                        self._changed.wait(LINGER if self._waiting else None)
+                    calls, self._waiting = self._waiting, []
+                for call in calls:
+                    if call.kind == "function":
+                        self._execute("function", [call])
+                for kind in sorted({call.kind for call in calls} - {"function"}):
+                    self._execute(kind, [call for call in calls if call.kind == kind])
+
+    def _ready(self) -> bool:
+        waiting = self._waiting
+        if not waiting:
+            return False
+        return self._closed or len(waiting) >= self._at_work or time.monotonic() - waiting[0].since >= LINGER
+
+    def _execute(self, kind: str, calls: list[_Call]) -> None:
+        """Calls of one kind; where they fail together each is tried alone, so that one's error is nobody else's."""
+        try:
+            results = getattr(self, f"_{kind}")([call.arguments for call in calls])
+        except BaseException as error:
+            if len(calls) > 1:
+                for call in calls:
+                    self._execute(kind, [call])
+                return
+            calls[0].error = error
+        else:
+            for call, result in zip(calls, results, strict=True):
+                call.result = result
+        for call in calls:
+            call.done.set()
+
+    # ------------------------------------------------------------------ kinds
+
+    def _function(self, calls: Sequence[tuple[Callable[[], Any]]]) -> list[Any]:
+        return [function() for (function,) in calls]
+
+    def _hidden(self, calls: Sequence[tuple[int, Rows, Tensor]]) -> list[Tensor]:
+        """Final hidden states of the rows of slots, each call (slot, its rows, its key positions)."""
+        out: dict[int, Tensor] = {}
+        few = [call for call in calls if call[1].count <= TOGETHER]
+        for batch in [[call] for call in calls if call[1].count > TOGETHER] + ([few] if few else []):
+            first, last = min(slot for slot, *_ in batch), max(slot for slot, *_ in batch)
+            rows, positions = stack(
+                {slot - first: part for slot, *part in batch}, last - first + 1, self.slots.capacity
+            )
+            hidden = self.runner.hidden(rows, positions, self.slots[first : last + 1])
+            self.forwards, self.rows = self.forwards + 1, self.rows + len(batch)
+            for slot, own, _ in batch:
+                of_slot = hidden[slot - first : slot - first + 1]
+                content, query = of_slot.split([rows.content_count, rows.count - rows.content_count], dim=1)
+                C = own.content_count
+                out[slot] = torch.cat([content[:, :C], query[:, : own.count - C]], dim=1)
+        return [out[slot] for slot, *_ in calls]
+
+    def _logits(self, calls: Sequence[tuple[Tensor]]) -> list[Tensor]:
+        states = [hidden for (hidden,) in calls]
+        return _split(self.runner.logits(torch.cat(states)), states)
+
+    def _coupled_logits(self, calls: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        hidden, logits, members, distances = zip(*calls, strict=True)
+        found = self.runner.coupled_logits(torch.cat(hidden), torch.cat(logits), _wide(members), _wide(distances))
+        return _split(found, hidden)
+
+    def _draft_logits(self, calls: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        hidden, members, distances = zip(*calls, strict=True)
+        return _split(self.runner.draft_logits(torch.cat(hidden), _wide(members), _wide(distances)), hidden)
+
+
+class JoinedRunner(ModelRunner):
+    """The runner of one request, one row at a time.
+
+    Args:
+        joiner: executes.
+        slot: of the request.
+        prefixes: what many texts begin with.
+        check: raises if the request is no longer wanted; asked before every forward.
+    """
+
+    keeps_batch = True
+
+    def __init__(self, joiner: Joiner, slot: int, prefixes: Prefixes, check: Callable[[], None]):
+        self.model = joiner.runner.model
+        self._joiner, self._slot, self._prefixes, self._wanted = joiner, slot, prefixes, check
+        self._fresh = False
+
+    def capacity(self, columns: int) -> int:
+        most = self._joiner.slots.capacity
+        if columns > most:
+            raise ValueError(f"the text has {columns} tokens, new ones included; this server takes at most {most}")
+        return most
+
+    def new_store(self, rows: int, capacity: int) -> KeyValueStore:
+        assert rows == 1, "a request is one row"
+        self._fresh = True
+        return self._joiner.slots[self._slot : self._slot + 1]
+
+    def hidden(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
+        self._wanted()
+        start = _start(rows) if self._fresh and self.model.recipe == "exact" else rows.seed_ids[0, :0]
+        self._fresh = False
+        known = self._prefixes.longest(start[: rows.content_count - 1]) if len(start) else None
+        skipped = 0 if known is None else len(known.ids)
+        if known is not None:
+            store.begin_with([known.store])
+            rows = Rows(*(getattr(rows, name.name)[:, skipped:] for name in fields(rows)))
+        hidden = cast(Tensor, self._joiner.call("hidden", self._slot, rows, key_positions))
+        self._prefixes.keep(start, store)
+        # Rows of a start that stands in the text predict nothing but its last one's: what reads all of it.
+        return torch.nn.functional.pad(hidden, (0, 0, skipped, 0)) if skipped else hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return cast(Tensor, self._joiner.call("logits", hidden))
+
+    def coupled_logits(self, hidden: Tensor, logits: Tensor, members: Tensor, distances: Tensor) -> Tensor:
+        return cast(Tensor, self._joiner.call("coupled_logits", hidden, logits, members, distances))
+
+    def draft_logits(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
+        return cast(Tensor, self._joiner.call("draft_logits", hidden, members, distances))
+
+    def run(self, function: Callable[[], T]) -> T:
+        """What a function returns that uses the model itself, between two forwards."""
+        self._wanted()
+        return cast(T, self._joiner.call("function", function))
+
+    def check(self) -> None:
+        self._joiner.runner.check()
+
+
+def _start(rows: Rows) -> Tensor:
+    """(n,) ids of the leading content rows that stand as in any left-to-right text, from its first token on."""
+    every = torch.arange(rows.content_count)
+    content = slice(0, rows.content_count)
+    plain = (rows.ranks[0] == every) & (rows.positions[0, content] == every) & (rows.lo[0, content] == 0)
+    plain &= (rows.hi[0, content] == every + 1) & ~rows.gates[0, content]
+    return rows.seed_ids[0, : int(plain.long().cumprod(dim=0).sum())]
+
+
+def stack(parts: dict[int, Sequence[Any]], count: int, spare: int) -> tuple[Rows, Tensor]:
+    """Rows of single texts as those of a batch, and (B, K) their key positions; slots without any are padding.
+
+    Args:
+        parts: for each slot its rows, of a batch of one, and its (1, any) key positions.
+        count: B.
+        spare: the rank that takes what padding writes.
+    """
+    C = max(rows.content_count for rows, _ in parts.values())
+    Q = max(rows.count - rows.content_count for rows, _ in parts.values())
+    K = max(int(rows.hi.max()) for rows, _ in parts.values())
+    fillers = {"seed_ids": 0, "seeded": True, "positions": 0, "lo": 0, "hi": 1, "gates": False}
+    made: dict[str, Tensor] = {}
+    for name, filler in fillers.items():
+        dtype = torch.bool if isinstance(filler, bool) else torch.int64
+        made[name] = torch.full((count, C + Q), filler, dtype=dtype)
+        for slot, (rows, _) in parts.items():
+            own, c = getattr(rows, name)[0], rows.content_count
+            made[name][slot, :c], made[name][slot, C : C + rows.count - c] = own[:c], own[c:]
+    ranks, positions = torch.full((count, C), spare), torch.zeros(count, K, dtype=torch.int64)
+    for slot, (rows, own) in parts.items():
+        ranks[slot, : rows.content_count] = rows.ranks[0]
+        positions[slot, : own.shape[1]] = own[0, :K]
+    return Rows(**made, ranks=ranks), positions
+
+
+def _split(found: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    return list(found.split([len(part) for part in like]))
+
+
+def _wide(parts: Sequence[Tensor]) -> Tensor:
+    """(N, M): tables of members, padded to the widest."""
+    most = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in parts])
