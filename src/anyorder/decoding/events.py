@@ -24,6 +24,9 @@ class Commit:
 class Watcher(ABC):
     """Is told what `generate` does while it does it."""
 
+    def blanks(self, blank: Tensor) -> None:  # noqa: B027 - most need not know
+        """Where blanks of text are filled, before `begin`: (B, T) the blank that each position belongs to, or -1."""
+
     @abstractmethod
     def begin(self, ids: Tensor, is_open: Tensor) -> None:
         """Before the first step: (B, T) ids, and (B, T) bool where there is no token yet."""

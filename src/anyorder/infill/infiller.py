@@ -198,6 +198,8 @@ class Infiller:
         own_order = isinstance(policy, Policy) and not policy.keeps_order
         prepared = policy.prepare(f) if isinstance(policy, Policy) else f
         allowed, must_match = rules.apply(templates, encoded, wanted, prepared, not own_order)
+        if watch is not None:
+            watch.blanks(blanks)
         output = generate_from(
             self.model,
             [own.encoded for own in sought],

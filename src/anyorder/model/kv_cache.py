@@ -61,7 +61,7 @@ class KeyValueStore:
                     buffer[number, :, : row.capacity] = part[0, :, : row.capacity]
 
     def _buffers(self, layer: int, rows: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The buffers of a layer, made for so many rows if there are none, of the kind of (any, heads, any, head_dim)."""
+        """Those of a layer; if there are none, they are made for so many rows, like (any, heads, any, head_dim)."""
         if layer not in self._layers:
             self._layers[layer] = self._empty(rows, key), self._empty(rows, value)
         return self._layers[layer]
