@@ -30,7 +30,7 @@ def service_of(tokenizer: Any) -> Service:
 @contextmanager
 def serving(service: Service, slots: int = 4, capacity: int = 64, **options: Any) -> Iterator[tuple[str, Engine]]:
     """The address of a server, and its engine."""
-    engine = Engine(service.model, slots, capacity)
+    engine = Engine(service.model, slots, capacity).start()
     bound = listen("127.0.0.1", 0)
     server, thread = running(create_app(service, engine, **options), bound)
     try:

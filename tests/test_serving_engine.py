@@ -30,7 +30,7 @@ def engine():
     made = []
 
     def make(model, **options):
-        made.append(Engine(model, **options))
+        made.append(Engine(model, **options).start())
         return made[-1]
 
     yield make
@@ -182,9 +182,9 @@ def test_who_waits_takes_turns_by_client_and_too_many_are_refused(engine):
 
 def test_draining_ends_what_was_taken_and_takes_no_more():
     model = coupled("llama")
-    served = Engine(model, slots=2, capacity=64)
+    served = Engine(model, slots=2, capacity=64).start()
     tickets = [served.submit(lambda runner, k=k: work(k)(model, runner)) for k in range(5)]
-    forever = Engine(model, slots=1, capacity=64)
+    forever = Engine(model, slots=1, capacity=64).start()
     endless = forever.submit(lambda runner: [work(0)(model, runner) for _ in range(10**6)])
     served.drain(60)
     assert all(ticket.future.result(1) is not None for ticket in tickets)

@@ -8,6 +8,7 @@ This module knows no text, no protocol and no policy.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -15,6 +16,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from anyorder.model.compatibility import context_length
 from anyorder.modeling import AnyOrderForCausalLM
@@ -68,7 +71,7 @@ class Ticket(Generic[T]):
 
 
 class Engine:
-    """Many requests on one model.
+    """Many requests on one model. Forwards are executed by `run`, or by a thread that `start` makes for it.
 
     Args:
         model: a converted model.
@@ -105,6 +108,22 @@ class Engine:
         self._at_work: list[Ticket[Any] | None] = [None] * slots
         self._changed = threading.Condition()
         self._draining = False
+        self._thread: threading.Thread | None = None
+
+    def run(self) -> None:
+        """Execute forwards in this thread, until `drain` is through."""
+        self.joiner.run()
+
+    def start(self) -> Engine:
+        """Execute them in a thread of its own, which is somewhat slower: see `joining.Joiner.run`."""
+        self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), daemon=True)
+        self._thread.start()
+        atexit.register(self.drain, 0)  # a thread that is at work when the interpreter ends aborts it
+        return self
+
+    def _run(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.run()
 
     @property
     def at_work(self) -> int:
@@ -155,6 +174,9 @@ class Engine:
             threading.Thread(target=self._work, args=(ticket, slot), name=f"anyorder-slot-{slot}", daemon=True).start()
 
     def _work(self, ticket: Ticket[Any], slot: int) -> None:
+        torch.set_num_threads(
+            1
+        )  # of this thread: what it draws is small, and idle helpers would take the forwards' cores
         ticket.started = time.monotonic()
         result, error = None, None
         try:
@@ -186,3 +208,6 @@ class Engine:
                     ticket.cancel()
                 self._changed.wait_for(lambda: not self.at_work and not self._queues)
         self.joiner.close()
+        if self._thread is not None:
+            self._thread.join()
+            atexit.unregister(self.drain)

@@ -1,6 +1,6 @@
 """Forwards of many requests as one, at the seam between the engine and the forward.
 
-Each request is decoded by a thread of its own, by the same loop as anywhere else. Its runner hands what it needs to one
+Each request is decoded by a thread of its own, by the same loop as anywhere else. Its runner hands what it needs to the
 thread that executes: as soon as every request at work waits for something, what is of one kind is put together. So
 requests of any policy, order, length and constraint share forwards, and none knows of the others.
 
@@ -11,7 +11,6 @@ Shapes: B slots of a forward, R rows of it (C content rows, then Q query rows), 
 
 from __future__ import annotations
 
-import atexit
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +26,9 @@ from anyorder.runtime.runner import ModelRunner
 from anyorder.serving.slots import Prefixes, Slots
 
 T = TypeVar("T")
-LINGER = 0.01
-"""Seconds that a request waits for others that are at work; one that compiles a pattern holds nobody up longer."""
+QUIET, LINGER = 0.01, 0.2
+"""Seconds: requests that wait are joined by others as long as one comes within the first of these, and no longer than
+the second; one that compiles a pattern holds nobody up longer."""
 TOGETHER = 64
 """Rows of a request up to which its forward is put together with others, each padded to the longest."""
 
@@ -46,7 +46,7 @@ class _Call:
 
 
 class Joiner:
-    """Executes what requests wait for, in a thread of its own.
+    """Executes what requests wait for, in the thread that calls `run`.
 
     Args:
         runner: of the model.
@@ -63,9 +63,7 @@ class Joiner:
         self._waiting: list[_Call] = []
         self._at_work = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._loop, name="anyorder-forwards", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)  # a thread that is at work when the interpreter ends aborts it
+        self._ended = 0.0
 
     def __enter__(self) -> None:
         """A request begins to work."""
@@ -78,12 +76,10 @@ class Joiner:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Execute what is waited for, and no more."""
+        """Execute what is waited for, and no more: then `run` returns."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
-        atexit.unregister(self.close)
 
     def call(self, kind: str, *arguments: Any) -> Any:
         """Wait for the result of a call; kinds are the methods of this class that take several calls at once."""
@@ -98,26 +94,39 @@ class Joiner:
             raise call.error
         return call.result
 
-    def _loop(self) -> None:
+    def run(self) -> None:
+        """Execute, until closed.
+
+        Run it in the thread that has loaded the model, if you can: where several threads have worked on tensors, OpenMP
+        has helpers for each, takes the machine for overbooked and lets all of them sleep between two operations, which
+        makes a forward of few rows a third slower.
+        """
         with torch.inference_mode():
             while True:
                 with self._changed:
                     while not self._ready():
                         if self._closed and not self._waiting:
                             return
-                        self._changed.wait(LINGER if self._waiting else None)
+                        self._changed.wait(QUIET if self._waiting else None)
                     calls, self._waiting = self._waiting, []
                 for call in calls:
                     if call.kind == "function":
                         self._execute("function", [call])
                 for kind in sorted({call.kind for call in calls} - {"function"}):
                     self._execute(kind, [call for call in calls if call.kind == kind])
+                self._ended = time.monotonic()
 
     def _ready(self) -> bool:
         waiting = self._waiting
         if not waiting:
             return False
-        return self._closed or len(waiting) >= self._at_work or time.monotonic() - waiting[0].since >= LINGER
+        if self._closed or len(waiting) >= self._at_work:
+            return True
+        # From the end of the last forward on: those that were in it draw before they ask again. Else there would be two
+        # halves for ever, each of which waits while the other is in a forward.
+        begun = max(waiting[0].since, self._ended)
+        now = time.monotonic()
+        return now - max(waiting[-1].since, begun) >= QUIET or now - begun >= LINGER
 
     def _execute(self, kind: str, calls: list[_Call]) -> None:
         """Calls of one kind; where they fail together each is tried alone, so that one's error is nobody else's."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
@@ -67,40 +66,27 @@ def serve(app: FastAPI, engine: Engine, bound: socket.socket, patience: float) -
         bound: of `listen`.
         patience: seconds that requests may still take when the server is told to stop.
     """
-    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=None))
-    server.engine, server.patience = engine, patience
-    server.run(sockets=[bound])
-    engine.drain(0)
+    server, thread = running(app, bound)
 
+    def stop(number: int, frame: object) -> None:
+        if not engine.draining:
+            logger.info("stopping: requests that were taken have %g s", patience)
+            threading.Thread(target=engine.drain, args=(patience,), daemon=True).start()
+        server.should_exit = True  # it waits for answers that are still being written
 
-class _Server(uvicorn.Server):
-    """Told to stop, it lets the engine drain first: uvicorn waits for answers that are still being written."""
-
-    engine: Engine
-    patience: float
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def handle_exit(self, sig: int, frame: object) -> None:
-        if not self.should_exit:
-            logger.info("stopping: requests that were taken have %g s", self.patience)
-            threading.Thread(target=self.engine.drain, args=(self.patience,), daemon=True).start()
-        self.should_exit = True
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        engine.run()  # here, and the protocol in the other thread: see `joining.Joiner.run`
+    finally:
+        server.should_exit = True
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def running(app: FastAPI, bound: socket.socket) -> tuple[uvicorn.Server, threading.Thread]:
-    """A server in a thread of its own, started; for tests and notebooks. Set `should_exit` and join to stop it."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+    """A server in a thread of its own, started; its engine has to run, too. Set `should_exit` and join to stop it."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():

@@ -1,0 +1,145 @@
+"""A server under load: one request at a time beside many, how long clients wait, and whether answers hold.
+
+Requests are mixed: continuations of several lengths, drawn and greedy, streamed, in groups and with drafts, and
+blanks. Each is asked alone first, one after the other; then clients ask all of them at once, over and over. Every
+answer must be the one that came alone: seeds are fixed, and in float32 a row's text does not depend on its batch
+mates. In bfloat16 rounding may turn a token: the share that holds is told.
+
+    anyorder serve --port 8012 &
+    python benchmarks/serving_load.py http://127.0.0.1:8012 --clients 32 --seconds 120 --output docs/serving_load.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import httpx
+
+STARTS = (
+    "Once upon a time there was a little girl who",
+    "The old man looked at the sea and",
+    "def fibonacci(n):\n    ",
+    "My favourite food is",
+    "In the year 1812 the army",
+    "The dog ran into the garden because",
+)
+
+
+@dataclass
+class Answer:
+    """What a request brought."""
+
+    text: str
+    tokens: int
+    first: float
+    """Seconds to the first text."""
+    seconds: float
+
+
+def requests() -> list[tuple[str, dict[str, Any]]]:
+    """The paths and bodies of the mix."""
+    made: list[tuple[str, dict[str, Any]]] = []
+    for number, start in enumerate(STARTS):
+        drawn = {"temperature": 0.8, "top_k": 50, "seed": number} if number % 2 else {"temperature": 0}
+        made += [
+            ("/v1/completions", {"prompt": start, "max_tokens": 48 + 16 * (number % 3), "stream": True} | drawn),
+            ("/v1/completions", {"prompt": start, "max_tokens": 32, "group_size": 4} | drawn),
+            ("/v1/infill", {"text": f"{start} ___. Then it was ___.", "length": 6, "stream": True} | drawn),
+            ("/v1/infill", {"text": f"{start} ___, so all was well.", "policy": "dynamic:step_size=2", "length": 8}),
+        ]
+    return made
+
+
+async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Answer:
+    """One request; raises for an answer that is none."""
+    begun, first, text, tokens = time.perf_counter(), 0.0, "", 0
+    async with client.stream("POST", path, json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"{path}: {response.status_code} {(await response.aread())[:300]!r}")
+        if not body.get("stream"):
+            answer = json.loads(await response.aread())
+        else:
+            async for line in response.aiter_lines():
+                if not line or line == "data: [DONE]":
+                    continue
+                answer = json.loads(line.removeprefix("data: "))
+                first = first or time.perf_counter() - begun
+                if "choices" in answer:
+                    text += answer["choices"][0]["text"]
+                    tokens += bool(answer["choices"][0]["text"])
+    seconds = time.perf_counter() - begun
+    if "choices" in answer:
+        tokens = answer["usage"]["completion_tokens"] if "usage" in answer else tokens
+        return Answer(text or answer["choices"][0]["text"], tokens, first or seconds, seconds)
+    return Answer(answer["text"], sum(span["tokens"] for span in answer["spans"]), first or seconds, seconds)
+
+
+async def run(address: str, clients: int, seconds: float) -> list[str]:
+    """The report's lines."""
+    limits = httpx.Limits(max_connections=clients + 1)
+    async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
+        mix = requests()
+        await ask(client, *mix[0])
+        begun = time.perf_counter()
+        alone = [await ask(client, path, body) for path, body in mix]
+        one = sum(answer.tokens for answer in alone) / (time.perf_counter() - begun)
+        answers: list[tuple[int, Answer]] = []
+        lost: list[str] = []
+        begun = time.perf_counter()
+
+        async def keep_asking(number: int) -> None:
+            while time.perf_counter() < begun + seconds:
+                own = number % len(mix)
+                try:
+                    answers.append((own, await ask(client, *mix[own])))
+                except Exception as error:
+                    lost.append(f"{type(error).__name__}: {error}")
+                number += 7
+
+        await asyncio.gather(*(keep_asking(number) for number in range(clients)))
+        whole = time.perf_counter() - begun
+    many = sum(answer.tokens for _, answer in answers) / whole
+    right = sum(answer.text == alone[own].text for own, answer in answers)
+    first = [answer.first for own, answer in answers if mix[own][1].get("stream")]
+    each = [answer.seconds / max(answer.tokens, 1) for _, answer in answers]
+    return [
+        "| | one at a time | " + f"{clients} clients |",
+        "|---|---|---|",
+        f"| tokens/s, of all | {one:.1f} | {many:.1f} ({many / one:.2f} times) |",
+        f"| requests | {len(mix)} | {len(answers)} in {whole:.0f} s; lost {len(lost)} |",
+        f"| the same text as alone | | {right} of {len(answers)} |",
+        f"| seconds to a stream's first text, p50 / p95 | {_spread([a.first for a in alone])} | {_spread(first)} |",
+        f"| seconds a token, p50 / p95 | {_spread([a.seconds / max(a.tokens, 1) for a in alone])} | {_spread(each)} |",
+        *(f"\nLost: {text}" for text in lost[:5]),
+    ]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{median(values):.3f} / {quantiles(values, n=20)[-1]:.3f}" if len(values) > 1 else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("address", help="of a server")
+    parser.add_argument("--clients", type=int, default=32, help="that ask at once; default: 32")
+    parser.add_argument("--seconds", type=float, default=120, help="default: 120")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    options = parser.parse_args()
+    lines = asyncio.run(run(options.address, options.clients, options.seconds))
+    report = "\n".join([f"    {shlex.join(['python', *sys.argv])}", "", *lines]) + "\n"
+    print(report)
+    if options.output is not None:
+        options.output.write_text(report)
+
+
+if __name__ == "__main__":
+    main()
