@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies, scoring
+from anyorder.core.rng import seed_of
 from anyorder.evaluation.batches import batches
-from anyorder.evaluation.harness.likelihoods import seed_of
 from architectures import adapted, base_model, converted, coupled
 from harness import PAIRS, TEXTS, close, direct, generate, likelihoods, rolling
 

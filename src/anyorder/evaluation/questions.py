@@ -18,7 +18,7 @@ from anyorder.decoding.policies import Policy
 from anyorder.evaluation.batches import batches
 from anyorder.infill.pieces import Pieces
 from anyorder.modeling import AnyOrderForCausalLM
-from anyorder.scoring import TOKENS_AT_ONCE, log_likelihood
+from anyorder.scoring import TOKENS_AT_ONCE, TeacherForced, teacher_forced
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ class Question:
     ids: tuple[int, ...]
     targets: tuple[int, ...]
     given: tuple[int, ...]
+
+    def order(
+        self, group_size: int = 1, order: str = "left_to_right", generator: torch.Generator | None = None
+    ) -> Factorization:
+        """One row: in which order the targets are predicted, "left_to_right" or "random"."""
+        plain = Factorization.conditional(self.targets, self.given, len(self.ids))
+        return plain.regroup(group_size, order, generator)
 
 
 def of_pieces(pieces: Pieces, parts: Sequence[str], target: int, absent: Sequence[int] = ()) -> Question:
@@ -65,7 +72,7 @@ def to_continue(pieces: Pieces, text: str, new_tokens: int) -> Question:
 
 def fill(model: AnyOrderForCausalLM, questions: Sequence[Question], policy: Policy) -> list[list[int]]:
     """The likeliest tokens at each question's targets, under a policy, in one batch; ends are tokens like others."""
-    ids, order = _batch(questions)
+    ids, order = padded([q.ids for q in questions]), Factorization.stack([q.order() for q in questions])
     made = model.generate(ids, factorization=order, policy=policy, do_sample=False, eos_token_id=())
     assert isinstance(made, Tensor)
     return [made[n, list(q.targets)].tolist() for n, q in enumerate(questions)]
@@ -78,18 +85,34 @@ def answer(
 
     Questions of like length share a forward of at most `tokens_at_once` tokens; no result depends on the others'.
     """
-    found = [0.0] * len(questions)
+    orders = [question.order(group_size) for question in questions]
+    found = asked_in(model, questions, orders, tokens_at_once)
+    return [float(one.log_probs.double().sum()) for one in found]
+
+
+def asked_in(
+    model: AnyOrderForCausalLM,
+    questions: Sequence[Question],
+    orders: Sequence[Factorization],
+    tokens_at_once: int = TOKENS_AT_ONCE,
+) -> list[TeacherForced]:
+    """What the model says of each question's targets, (N,) each, where every question has an order of its own.
+
+    Questions of like length share a forward of at most `tokens_at_once` tokens; no result depends on the others'.
+    """
+    found: dict[int, TeacherForced] = {}
     in_order = sorted(range(len(questions)), key=lambda n: len(questions[n].ids))
     for numbers in batches(in_order, lambda n: len(questions[n].ids), tokens_at_once, None):
-        ids, order = _batch([questions[n] for n in numbers], group_size)
-        sums = log_likelihood(model, ids, order).double().sum(dim=1)
-        for n, value in zip(numbers, sums.tolist(), strict=True):
-            found[n] = value
-    return found
+        ids = padded([questions[n].ids for n in numbers])
+        said = teacher_forced(model, ids, Factorization.stack([orders[n] for n in numbers]))
+        for row, n in enumerate(numbers):
+            where = list(questions[n].targets)
+            found[n] = TeacherForced(
+                said.log_probs[row, where], said.is_best[row, where], said.best_log_probs[row, where]
+            )
+    return [found[n] for n in range(len(questions))]
 
 
-def _batch(questions: Sequence[Question], group_size: int = 1) -> tuple[Tensor, Factorization]:
-    """(B, T) int64 ids, padded, and what is predicted of them."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(q.ids) for q in questions], batch_first=True)
-    each = [Factorization.conditional(q.targets, q.given, len(q.ids), group_size) for q in questions]
-    return ids, Factorization.stack(each)
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """(B, T) int64 ids of rows of unequal length."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)

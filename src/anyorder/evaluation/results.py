@@ -142,7 +142,7 @@ def compare(first: Path, second: Path, metrics: dict[str, dict[str, Metric]]) ->
         for name, metric in metrics[task].items():
             if not (metric.is_known(a[:both]) and metric.is_known(b[:both])):
                 continue
-            difference = paired(metric.columns(a[:both]), metric.columns(b[:both]))
+            difference = paired(metric.columns(a[:both]), metric.columns(b[:both]), metric.statistic)
             rows.append({"task": task, "metric": name} | vars(difference))
     return rows
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+_DESCRIBING = (
+    "model", "dtype", "device", "group_size", "policy", "orders", "seed", "execute_code", "limit", "batch_size"
+)  # fmt: skip
+"""Options that are written down beside the results."""
 
 
 def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -25,6 +31,9 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
                         help="of what is scored, from left to right; default: 1")  # fmt: skip
     parser.add_argument("--policy", metavar="NAME[:OPTION=VALUE,...]", default="groupwise:size=1",
                         help="of what is generated; default: groupwise:size=1")  # fmt: skip
+    parser.add_argument("--orders", type=partial(_at_least_two, positive), default=8, metavar="K",
+                        help="random orders that a document is predicted in; default: 8")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random orders and draws; default: 0")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N",
                         help="items between two writes to disk; no result depends on it; default: 16")  # fmt: skip
     parser.add_argument(
@@ -35,6 +44,12 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar="DIR", help="two runs, item by item, instead of a new one"
     )
+
+
+def _at_least_two(positive: Callable[[str], int], text: str) -> int:
+    if (value := positive(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: a spread needs at least 2 orders")
+    return value
 
 
 def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> None:
@@ -63,6 +78,8 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
         raise ValueError("name a task and --out DIR; `anyorder eval --list` shows the tasks")
     policy = policies.parse(options.policy)  # a mistake leaves no directory behind
     tasks = [task_of(name) for name in dict.fromkeys(options.tasks)]
+    for one in tasks:
+        one.check(policy)
     read = {task.name: _read(task, options) for task in tasks}
     items = {task.name: [task.item(record) for record in read[task.name][0]] for task in tasks}
     settings = _settings(options, {name: fingerprint for name, (_, fingerprint) in read.items()})
@@ -104,8 +121,7 @@ def _settings(options: argparse.Namespace, data: dict[str, str]) -> dict[str, An
     import torch
     import transformers
 
-    names = ("model", "dtype", "device", "group_size", "policy", "execute_code", "limit", "batch_size")
-    settings = {"command": options.as_typed} | {name: getattr(options, name) for name in names}
+    settings = {"command": options.as_typed} | {name: getattr(options, name) for name in _DESCRIBING}
     settings["versions"] = {
         "anyorder": version("anyorder"), "torch": torch.__version__, "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -129,7 +145,7 @@ def _evaluate(
     if all(done[name] == len(items[name]) for name in done):
         return
     model, tokenizer = load(options)
-    subject = Subject(model, tokenizer, policy, options.group_size, options.execute_code)
+    subject = Subject(model, tokenizer, policy, options.group_size, options.execute_code, options.orders, options.seed)
     for task in tasks:
         every, first = items[task.name], done[task.name]
         with tqdm(total=len(every), initial=first, desc=task.name, unit="item", disable=not sys.stderr.isatty()) as bar:

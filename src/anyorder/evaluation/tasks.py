@@ -6,6 +6,7 @@ import difflib
 
 from anyorder.evaluation.choice_tasks import HellaSwag, Lambada, Piqa, Siqa, WinoGrande
 from anyorder.evaluation.code_tasks import AutoLength, FillInTheMiddle, TrueLength
+from anyorder.evaluation.order_audit import Calibration, OrderSpread, OrderTaken
 from anyorder.evaluation.story_tasks import FourthSentence, SecondSentence, StoryCloze, ThirdSentence
 from anyorder.evaluation.task import Task
 from anyorder.evaluation.trivia import TriviaQa
@@ -13,7 +14,7 @@ from anyorder.evaluation.trivia import TriviaQa
 TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (TriviaQa, HellaSwag, WinoGrande, Siqa, Piqa, Lambada, ThirdSentence, SecondSentence, FourthSentence,
-                 StoryCloze, TrueLength, AutoLength, FillInTheMiddle)
+                 StoryCloze, TrueLength, AutoLength, FillInTheMiddle, OrderSpread, OrderTaken, Calibration)
 }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ Shapes: B batch, T columns.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from anyorder import scoring
 from anyorder.core.factorization import Factorization
+from anyorder.core.rng import seed_of
 from anyorder.evaluation.batches import batches
 from anyorder.evaluation.harness.encoding import Encoded, Window, windows
 from anyorder.evaluation.harness.settings import Settings
@@ -51,12 +51,6 @@ class _Part:
     """None: the wrapped causal LM's own order."""
     is_last: bool
     """Of its text."""
-
-
-def seed_of(seed: int, *texts: str) -> int:
-    """A seed for a text: the same on every machine and in every run."""
-    digest = hashlib.blake2b("\0".join((str(seed), *texts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
 
 
 class Scorer:
