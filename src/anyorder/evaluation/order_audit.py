@@ -20,7 +20,8 @@ from anyorder.core.factorization import Factorization
 from anyorder.decoding.events import GenerateOutput
 from anyorder.decoding.policies import Dynamic, Policy
 from anyorder.evaluation import documents
-from anyorder.evaluation.questions import Question, asked_in, padded
+from anyorder.evaluation.batches import padded
+from anyorder.evaluation.questions import Question, asked_in
 from anyorder.evaluation.statistics import calibration_error
 from anyorder.evaluation.task import Metric, Subject, Task
 from anyorder.scoring import TeacherForced

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from anyorder.core.factorization import Factorization
+from anyorder.decoding.events import GenerateOutput
 from anyorder.decoding.policies import Policy
-from anyorder.evaluation.batches import batches
+from anyorder.evaluation.batches import batches, padded
 from anyorder.infill.pieces import Pieces
 from anyorder.modeling import AnyOrderForCausalLM
 from anyorder.scoring import TOKENS_AT_ONCE, TeacherForced, teacher_forced
@@ -33,6 +34,12 @@ class Question:
     ids: tuple[int, ...]
     targets: tuple[int, ...]
     given: tuple[int, ...]
+
+    @classmethod
+    def behind(cls, ids: Sequence[int], new_tokens: int) -> Question:
+        """So many tokens behind some ids, all of which are given."""
+        first = len(ids)
+        return cls((*ids, *([0] * new_tokens)), tuple(range(first, first + new_tokens)), tuple(range(first)))
 
     def order(
         self, group_size: int = 1, order: str = "left_to_right", generator: torch.Generator | None = None
@@ -66,16 +73,39 @@ def of_pieces(pieces: Pieces, parts: Sequence[str], target: int, absent: Sequenc
 
 def to_continue(pieces: Pieces, text: str, new_tokens: int) -> Question:
     """A text and so many tokens behind it, which are to be predicted."""
-    ids = [pieces.start_token(), *pieces.encode(text, at_start=True)]
-    return Question((*ids, *([0] * new_tokens)), tuple(range(len(ids), len(ids) + new_tokens)), tuple(range(len(ids))))
+    return Question.behind([pieces.start_token(), *pieces.encode(text, at_start=True)], new_tokens)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Tokens at a question's targets."""
+
+    ids: list[int]
+    steps: int
+    """In which they were committed."""
+
+
+def write(model: AnyOrderForCausalLM, questions: Sequence[Question], policy: Policy, **drawing: Any) -> list[Written]:
+    """Fill each question's targets under a policy, in one batch; ends are tokens like others.
+
+    Args:
+        drawing: options of `generate`.
+    """
+    ids, order = padded([q.ids for q in questions]), Factorization.stack([q.order() for q in questions])
+    made = model.generate(
+        ids, factorization=order, policy=policy, eos_token_id=(), return_dict_in_generate=True, **drawing
+    )
+    assert isinstance(made, GenerateOutput)
+    found = []
+    for row, question in enumerate(questions):
+        where = list(question.targets)
+        found.append(Written(made.sequences[row, where].tolist(), len(made.steps[row, where].unique())))
+    return found
 
 
 def fill(model: AnyOrderForCausalLM, questions: Sequence[Question], policy: Policy) -> list[list[int]]:
-    """The likeliest tokens at each question's targets, under a policy, in one batch; ends are tokens like others."""
-    ids, order = padded([q.ids for q in questions]), Factorization.stack([q.order() for q in questions])
-    made = model.generate(ids, factorization=order, policy=policy, do_sample=False, eos_token_id=())
-    assert isinstance(made, Tensor)
-    return [made[n, list(q.targets)].tolist() for n, q in enumerate(questions)]
+    """The likeliest tokens at each question's targets: see `write`."""
+    return [one.ids for one in write(model, questions, policy, do_sample=False)]
 
 
 def answer(
@@ -111,8 +141,3 @@ def asked_in(
                 said.log_probs[row, where], said.is_best[row, where], said.best_log_probs[row, where]
             )
     return [found[n] for n in range(len(questions))]
-
-
-def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """(B, T) int64 ids of rows of unequal length."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)

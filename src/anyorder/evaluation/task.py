@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anyorder.decoding.policies import Policy, groupwise
+from anyorder.evaluation.judge import Judge
 from anyorder.evaluation.statistics import Estimate, estimate, ratio
 from anyorder.infill.infiller import Infiller
 from anyorder.infill.pieces import Pieces
@@ -57,6 +58,8 @@ class Subject:
         execute_code: whether programs that the model writes are run.
         orders: random orders that a document is predicted in, where orders are compared.
         seed: of random orders and draws; each document's own depend on its text alone.
+        temperature: of text that is judged; what is compared with a right answer is never drawn.
+        load_judge: the model that judges text, and its tokenizer; None: the wrapped causal LM itself.
     """
 
     model: AnyOrderForCausalLM
@@ -66,10 +69,18 @@ class Subject:
     execute_code: bool = False
     orders: int = 8
     seed: int = 0
+    temperature: float = 1.0
+    load_judge: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None
 
     @cached_property
     def pieces(self) -> Pieces:
         return Pieces(self.tokenizer)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Loaded where text is judged."""
+        own = self.model.causal_lm, self.tokenizer
+        return Judge(*(own if self.load_judge is None else self.load_judge()))
 
     @cached_property
     def infiller(self) -> Infiller:

@@ -10,11 +10,13 @@ from anyorder.evaluation.order_audit import Calibration, OrderSpread, OrderTaken
 from anyorder.evaluation.story_tasks import FourthSentence, SecondSentence, StoryCloze, ThirdSentence
 from anyorder.evaluation.task import Task
 from anyorder.evaluation.trivia import TriviaQa
+from anyorder.evaluation.writing_tasks import Continuations, Fills
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (TriviaQa, HellaSwag, WinoGrande, Siqa, Piqa, Lambada, ThirdSentence, SecondSentence, FourthSentence,
-                 StoryCloze, TrueLength, AutoLength, FillInTheMiddle, OrderSpread, OrderTaken, Calibration)
+                 StoryCloze, TrueLength, AutoLength, FillInTheMiddle, OrderSpread, OrderTaken, Calibration,
+                 Continuations, Fills)
 }  # fmt: skip
 
 
