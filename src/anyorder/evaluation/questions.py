@@ -49,26 +49,35 @@ class Question:
         return plain.regroup(group_size, order, generator)
 
 
-def of_pieces(pieces: Pieces, parts: Sequence[str], target: int, absent: Sequence[int] = ()) -> Question:
-    """A question about one of the parts that a text is made of, given the others.
+def of_pieces(
+    pieces: Pieces, parts: Sequence[str], target: int | Sequence[int], absent: Sequence[int] = ()
+) -> Question:
+    """A question about one or some of the parts that a text is made of, given the others.
 
     Args:
         pieces: the tokenizer.
         parts: the text, cut where tokens may be cut: a part brings the space in front of it.
-        target: number of the part that is predicted.
+        target: number of the part that is predicted, or numbers.
         absent: numbers of parts that are not read.
     """
     ids, given = [pieces.start_token()], [0]
     targets: list[int] = []
+    predicted = {target} if isinstance(target, int) else set(target)
     for number, part in enumerate(parts):
         own = pieces.encode(part, at_start=len(ids) == 1)
         where = range(len(ids), len(ids) + len(own))
         ids += own
-        if number == target:
+        if number in predicted:
             targets += where
         elif number not in absent:
             given += where
     return Question(tuple(ids), tuple(targets), tuple(given))
+
+
+def suffix_first(before: str, behind: str) -> str:
+    """The prompt of a left-to-right model for what stands between two texts: the text behind the blank, then the text
+    before it, which it goes on with."""
+    return "{}\n\n{}".format(behind.strip("\n"), before) if behind.strip() else before
 
 
 def to_continue(pieces: Pieces, text: str, new_tokens: int) -> Question:
