@@ -64,7 +64,9 @@ class Scorer:
 
     def __init__(self, model: AnyOrderPreTrainedModel, settings: Settings, context: int):
         self.model, self.settings = model, settings
-        self.by_base = scoring.is_its_base(model, settings.order, settings.group_size)
+        self.by_base = settings.scored == "continuation" and scoring.is_its_base(
+            model, settings.order, settings.group_size
+        )
         # In a causal LM the last token is predicted and never read.
         self.room = context + self.by_base
 
@@ -97,7 +99,9 @@ class Scorer:
     def _order(self, window: Window, generator: torch.Generator) -> Factorization | None:
         if self.by_base:
             return None
-        plain = Factorization.left_to_right(len(window.ids), given=window.given)
+        length, end = len(window.ids), window.end
+        given = [*range(window.given), *range(end, length)]
+        plain = Factorization.conditional(range(window.given, end), given, length)
         return plain.regroup(self.settings.group_size, self.settings.order, generator)
 
     def _forward(self, batch: Sequence[_Part]) -> TeacherForced:
@@ -116,7 +120,7 @@ def _predicted(batch: Sequence[_Part], columns: int) -> Tensor:
     """(B, T) bool."""
     every = torch.arange(columns)
     first = torch.tensor([part.window.given for part in batch])
-    end = torch.tensor([len(part.window.ids) for part in batch])
+    end = torch.tensor([part.window.end for part in batch])
     return (every >= first[:, None]) & (every < end[:, None])
 
 
