@@ -75,8 +75,6 @@ def test_a_left_to_right_model_goes_on_behind_a_prompt(subject, monkeypatch, tas
     ids = [subject.pieces.start_token(), *subject.pieces.encode(prompt, at_start=True)]
     line = subject.pieces.encode("    y = x")
     expected = questions.Question((*ids, *line), tuple(range(len(ids), len(ids + line))), tuple(range(len(ids))))
-    (result,) = task.evaluate(subject, [item])
-    assert result["nats"] == pytest.approx(-questions.answer(subject.model, [expected])[0], abs=1e-4)
     seen = []
 
     def generate(prompt, **options):
@@ -84,7 +82,10 @@ def test_a_left_to_right_model_goes_on_behind_a_prompt(subject, monkeypatch, tas
         return torch.cat([prompt, torch.tensor([subject.pieces.encode("    y = x\nmore")])], dim=1)
 
     monkeypatch.setattr(subject.model, "generate", generate)
-    assert task.fill(subject, item, 3) == "    y = x"
+    (result,) = task.evaluate(subject, [item])
+    assert result["nats"] == pytest.approx(-questions.answer(subject.model, [expected])[0], abs=1e-4)
+    assert result["text"] == "    y = x"
+    assert result["exact_match"] == 1
     assert seen == [ids]
 
 
