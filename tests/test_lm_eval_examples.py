@@ -60,7 +60,7 @@ def test_local_tasks_ask_what_the_command_asks(backend, data):
     from anyorder.evaluation.task import Subject
     from anyorder.evaluation.tasks import task_of
 
-    lm = backend()
+    lm = backend(add_bos_token=True)  # as the command has it
     samples, results = run(lm, *LOCAL)
     subject = Subject(lm.model, lm.tokenizer)
     for name in ("hellaswag", "piqa", "siqa", "winogrande"):
@@ -90,7 +90,7 @@ def test_the_question_given_each_answer(backend, data):
     from anyorder.evaluation.task import Subject
     from anyorder.evaluation.tasks import task_of
 
-    lm = backend(scored="context")
+    lm = backend(scored="context", add_bos_token=True)
     names = ("hellaswag", "piqa", "siqa")
     samples, _ = run(lm, *(f"{name}_local" for name in names))
     for name in names:
