@@ -84,8 +84,10 @@ def run(options: argparse.Namespace, load: Load, load_judge: Load) -> None:
 
     metrics = {name: task.metrics for name, task in TASKS.items()}
     if options.list:
+        width = max(map(len, TASKS))
         for name, task in TASKS.items():
-            print(f"{name:12} {task.about} [{task.file}; {task.source or 'not on the hub: --data-dir or --data'}]")
+            source = task.source or "not on the hub: --data-dir or --data"
+            print(f"{name:{width}} {task.about} [{task.file}; {source}]")
         return
     if options.compare is not None:
         first, second = options.compare
