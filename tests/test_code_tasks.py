@@ -13,7 +13,7 @@ import torch
 from anyorder import load
 from anyorder.cli import main
 from anyorder.evaluation import execution, questions
-from anyorder.evaluation.code_tasks import FIM, AutoLength, FillInTheMiddle, TrueLength
+from anyorder.evaluation.code_tasks import FIM, AutoLength, FillInTheMiddle, PrefixOnly, SuffixFirst, TrueLength
 from anyorder.evaluation.task import Subject
 
 RECORD = {
@@ -65,6 +65,28 @@ def test_the_base_models_own_tokens_are_needed_for_its_fill_in_the_middle(subjec
     assert task.fill(subject, task.item(RECORD), 3) == "    y = x"
     prefix, suffix = (subject.pieces.encode(text, at_start=True) for text in (RECORD["prompt"], "\n    return y\n"))
     assert seen == [[5, *prefix, 6, *suffix, 7]]
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt"), [(PrefixOnly(), "def f(x):\n"), (SuffixFirst(), "    return y\n\ndef f(x):\n")]
+)
+def test_a_left_to_right_model_goes_on_behind_a_prompt(subject, monkeypatch, task, prompt):
+    item = task.item(RECORD)
+    ids = [subject.pieces.start_token(), *subject.pieces.encode(prompt, at_start=True)]
+    line = subject.pieces.encode("    y = x")
+    expected = questions.Question((*ids, *line), tuple(range(len(ids), len(ids + line))), tuple(range(len(ids))))
+    seen = []
+
+    def generate(prompt, **options):
+        seen.append(prompt[0].tolist())
+        return torch.cat([prompt, torch.tensor([subject.pieces.encode("    y = x\nmore")])], dim=1)
+
+    monkeypatch.setattr(subject.model, "generate", generate)
+    (result,) = task.evaluate(subject, [item])
+    assert result["nats"] == pytest.approx(-questions.answer(subject.model, [expected])[0], abs=1e-4)
+    assert result["text"] == "    y = x"
+    assert result["exact_match"] == 1
+    assert seen == [ids]
 
 
 def test_several_lines_are_not_one():

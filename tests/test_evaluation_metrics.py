@@ -50,15 +50,16 @@ def test_variety_by_hand():
 def test_an_estimate_is_a_ratio_of_sums_and_its_interval_that_of_the_normal_law():
     torch.manual_seed(0)
     values = torch.randn(400, dtype=torch.float64) + 3
-    found = statistics.ratio_of_sums(values, torch.ones(400, dtype=torch.float64))
+    found = statistics.estimate(torch.stack([values, torch.ones_like(values)], dim=1))
     assert found.value == pytest.approx(float(values.mean()))
     half = 1.96 * float(values.std()) / math.sqrt(400)
     assert found.low == pytest.approx(found.value - half, abs=0.02)
     assert found.high == pytest.approx(found.value + half, abs=0.02)
     weights = torch.rand(400, dtype=torch.float64) + 0.5
-    assert statistics.ratio_of_sums(values, weights).value == pytest.approx(float(values.sum() / weights.sum()))
+    weighted = torch.stack([values, weights], dim=1)
+    assert statistics.estimate(weighted).value == pytest.approx(float(values.sum() / weights.sum()))
     with pytest.raises(ValueError, match="no items"):
-        statistics.ratio_of_sums(values[:0], values[:0])
+        statistics.estimate(weighted[:0])
 
 
 def test_resamples_in_parts_are_as_many(monkeypatch):
@@ -72,9 +73,21 @@ def test_the_paired_test_is_the_exact_one():
     b = a.clone()
     b[10:17] = 1.0
     b[0] = 0.0
-    ones = torch.ones(20, dtype=torch.float64)
-    found = statistics.paired((a, ones), (b, ones))
+    a, b = (torch.stack([values, torch.ones_like(values)], dim=1) for values in (a, b))
+    found = statistics.paired(a, b)
     assert found.value == pytest.approx(6 / 20)
     assert found.p_value == pytest.approx(stats.binomtest(7, 8).pvalue, abs=0.02)
-    assert statistics.paired((a, ones), (a, ones)).p_value == 1
-    assert statistics.paired((b, ones), (a, ones)).value == pytest.approx(-6 / 20)
+    assert statistics.paired(a, a).p_value == 1
+    assert statistics.paired(b, a).value == pytest.approx(-6 / 20)
+
+
+def test_the_calibration_error_by_hand():
+    """Two bins: three predictions of confidence 0.2 of which one is right, one of confidence 0.9 that is right."""
+    items = torch.tensor([[2, 0, 0.4, 0, 1, 0], [1, 1, 0.2, 0.9, 0, 1]], dtype=torch.float64)
+    expected = 3 / 4 * abs(0.2 - 1 / 3) + 1 / 4 * abs(0.9 - 1)
+    found = statistics.estimate(items, statistics.calibration_error)
+    assert found.value == pytest.approx(expected)
+    assert found.low <= found.value <= found.high
+    assert statistics.paired(items, items, statistics.calibration_error).value == 0
+    perfect = torch.tensor([[4, 4, 1, 3, 1, 3]], dtype=torch.float64)
+    assert statistics.paired(items[:1], perfect, statistics.calibration_error).value == pytest.approx(-0.3)

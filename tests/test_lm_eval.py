@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies, scoring
+from anyorder.core.rng import seed_of
 from anyorder.evaluation.batches import batches
-from anyorder.evaluation.harness.likelihoods import seed_of
 from architectures import adapted, base_model, converted, coupled
 from harness import PAIRS, TEXTS, close, direct, generate, likelihoods, rolling
 
@@ -101,6 +101,38 @@ def test_orders_and_groups_score_as_the_model_says(backend, order, group_size):
         assert close(log_p, expected[0], 1e-5)
         assert greedy == expected[1]
     assert [one for one, _ in likelihoods(backend(), PAIRS)] != [one for one, _ in likelihoods(lm, PAIRS)]
+
+
+@pytest.mark.parametrize("order", ["left_to_right", "random"])
+def test_a_context_is_scored_given_what_is_behind_it(backend, order):
+    """log P(context | continuation) as the model itself says it, where both have the tokens of a usual request."""
+    lm = backend(scored="context", order=order, seed=5)
+    pairs = [*PAIRS, ("a b ", "c"), ("ab", ""), ("", " a")]
+    for (log_p, _), (context, continuation) in zip(likelihoods(lm, pairs), pairs, strict=True):
+        if not context:
+            assert log_p == 0
+            continue
+        usual = lm.encoder.pair(context, continuation)
+        text = lm.encoder.document(context.rstrip())
+        ids = [*text.given, *text.predicted, *usual.predicted]
+        given, end = len(text.given), len(text.given) + len(text.predicted)
+        plain = Factorization.conditional(range(given, end), [*range(given), *range(end, len(ids))], len(ids))
+        f = plain.regroup(1, order, torch.Generator().manual_seed(seed_of(5, context)))
+        assert close(log_p, float(lm.model.log_likelihood(torch.tensor([ids]), f).double().sum()), 1e-5)
+    greedy = [best for _, best in likelihoods(lm, [("", " a")])]
+    assert greedy == [True]
+
+
+def test_the_answers_to_a_question_do_not_make_it_equally_likely(backend):
+    lm = backend(scored="context")
+    scores = [score for score, _ in likelihoods(lm, PAIRS[:3])]
+    assert len(set(scores)) == 3
+    assert scores != [score for score, _ in likelihoods(backend(), PAIRS[:3])]
+    assert close(rolling(lm, TEXTS), rolling(backend(), TEXTS))  # a whole text has no context
+    with pytest.raises(ValueError, match=r"scored='answer': use continuation or context"):
+        backend(scored="answer")
+    with pytest.raises(ValueError, match="does not fit the 16 that the model can read; raise max_length"):
+        likelihoods(backend(scored="context", max_length=16), [("a b c" * 9, " a")])
 
 
 def test_several_orders_give_the_likelihood_of_their_mixture(backend):

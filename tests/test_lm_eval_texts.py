@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from anyorder.evaluation.harness.likelihoods import seed_of
+from anyorder.core.rng import seed_of
 from harness import PAIRS, close, direct, generate, likelihoods, rolling
 
 pytest.importorskip("lm_eval", reason="the backend needs lm-eval: pip install 'anyorder[eval]'")

@@ -78,7 +78,7 @@ OPTIONS = {
     "eval": COMMON
     | MODEL
     | {"--list", "--out", "--data-dir", "--data", "--limit", "--group-size", "--policy", "--batch-size", "--compare"}
-    | {"--execute-code"},
+    | {"--execute-code", "--orders", "--seed", "--temperature", "--judge", "--uncoupled"},
     "fit-lengths": COMMON | DEVICE | {"--train-file", "--blanks", "--seed"},
     "generate": COMMON
     | MODEL

@@ -70,11 +70,13 @@ class TeacherForced:
     """(B, T) float32, in nats; 0 where nothing is predicted."""
     is_best: Tensor
     """(B, T) bool: whether greedy decoding in this order takes the token; False where nothing is predicted."""
+    best_log_probs: Tensor
+    """(B, T) float32, in nats: of what greedy decoding takes; 0 where nothing is predicted."""
 
 
 @torch.no_grad()
 def teacher_forced(model: AnyOrderPreTrainedModel, input_ids: Tensor, factorization: Factorization) -> TeacherForced:
-    """`log_likelihood`, and whether each token is the most likely one."""
+    """`log_likelihood`, whether each token is the most likely one, and how likely that one is."""
     found = model.predictions(input_ids, factorization)
     return TeacherForced(*(t.to(input_ids.device) for t in model.predictor.log_probs_and_best(found, input_ids)))
 

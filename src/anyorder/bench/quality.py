@@ -1,31 +1,20 @@
-"""How good the continuations are: the base model's own judgement, variety, and likeness to a reference."""
+"""How good the continuations are: the base model's own judgement, variety, and likeness to a reference, averaged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from anyorder.evaluation import text_metrics
-
-ROWS = 4
-"""Sequences that are scored in one forward."""
+from anyorder.evaluation.judge import nats_of_ids
 
 
-@torch.inference_mode()
 def nats_per_token(base: PreTrainedModel, sequences: Sequence[Tensor], new: int) -> float:
-    """Mean negative log-likelihood of the last `new` tokens of each sequence under a left-to-right model.
-
-    Lower is likelier, not better: the model's own samples have its entropy, and text that repeats itself less.
-    """
-    total = 0.0
-    for ids in torch.stack(list(sequences)).split(ROWS):
-        ids = ids.to(base.device)
-        logits = base(ids, use_cache=False, logits_to_keep=new + 1).logits[:, :-1].float()
-        total -= float(logits.log_softmax(-1).gather(2, ids[:, -new:, None]).double().sum())
+    """Mean negative log-likelihood of the last `new` tokens of each sequence under a causal LM: see `judge`."""
+    total = sum(nats_of_ids(base, [ids.tolist() for ids in sequences], [len(ids) - new for ids in sequences]))
     return total / (len(sequences) * new)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from anyorder.cli.model import add_model, load_model
+from anyorder.cli.model import add_model, load_judge, load_model
 from anyorder.cli.options import add_command, positive
 from anyorder.evaluation import run as evaluation
 
@@ -16,7 +16,7 @@ def add(subparsers: Any) -> None:
         subparsers,
         "eval",
         _run,
-        "evaluate a model on question answering, commonsense and infilling, with intervals",
+        "evaluate a model on questions, infilling, what it writes and its orders, with intervals",
         "anyorder eval hellaswag stories --data-dir my-data --limit 300 --out my-results",
         "anyorder eval --compare my-results other-results",
     )
@@ -25,4 +25,4 @@ def add(subparsers: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    evaluation.run(options, load_model)
+    evaluation.run(options, load_model, load_judge)

@@ -9,7 +9,7 @@ from anyorder.hub.resolve import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase, TorchAoConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 
     from anyorder.modeling import AnyOrderForCausalLM
 
@@ -55,6 +55,26 @@ def load_model(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCau
     dtype: torch.dtype = getattr(torch, options.dtype)
     model, tokenizer = load(options.model, recipe=getattr(options, "recipe", None), dtype=dtype, **more)
     return model.to(device), tokenizer
+
+
+def load_judge(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The plain causal LM that --judge names, as it is, and its tokenizer.
+
+    Raises:
+        ValueError: if there is no such model, or it is a converted one.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from anyorder.hub.converted import ConvertedModel
+    from anyorder.hub.pretrained import load_causal_lm
+    from anyorder.hub.resolve import resolve
+
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    judge = load_causal_lm(options.judge, dtype=dtype)
+    if isinstance(judge, ConvertedModel):
+        raise ValueError(f"--judge {options.judge} is a converted model; a judge is a plain causal LM: name its base")
+    return judge.to(find_device(options.device)).eval(), AutoTokenizer.from_pretrained(resolve(options.judge))
 
 
 def find_device(name: str) -> torch.device:

@@ -1,9 +1,12 @@
-"""Batches of rows of unequal length, as large as memory and the user allow. Knows lengths only."""
+"""Batches of rows of unequal length, as large as memory and the user allow. Knows lengths and ids only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -27,3 +30,8 @@ def batches(rows: Iterable[T], length: Callable[[T], int], tokens: int, most: in
         batch.append(row)
     if batch:
         yield batch
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """(B, T) int64 ids of rows of unequal length, zeros behind the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)

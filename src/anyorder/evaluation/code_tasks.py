@@ -1,8 +1,9 @@
 """HumanEval with one line missing (arXiv 2207.14255): is it the line that was there, how like it, does it work?
 
-Three ways to fill the line: at its true length in tokens, at a length that the model finds, and by the base model's own
-fill-in-the-middle tokens, where it has them: what a user would take instead. Programs are run only where the user
-says so (see `execution`).
+Ways to fill the line: at its true length in tokens, at a length that the model finds, and what a left-to-right model
+can do: by the base model's own fill-in-the-middle tokens, where it has them, which a user would take instead; given the
+program before the line alone; and prompted with the program behind the line first. Programs are run only where the
+user says so (see `execution`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 
 from anyorder.evaluation import execution
-from anyorder.evaluation.questions import answer, of_pieces
+from anyorder.evaluation.questions import Question, answer, of_pieces, suffix_first
 from anyorder.evaluation.sources import columns
 from anyorder.evaluation.task import Metric, Subject, Task
 from anyorder.evaluation.text_metrics import edit_similarity
+from anyorder.infill.pieces import Pieces
 
 BLANK = "<<<the line>>>"
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -60,7 +62,7 @@ class LineInfilling(Task):
         return Line(prefix, line.removesuffix("\n"), end + suffix, test, entry_point)
 
     def evaluate(self, subject: Subject, items: Sequence[Any]) -> list[dict[str, Any]]:
-        asked = [of_pieces(subject.pieces, (item.prefix, item.line, item.suffix), 1) for item in items]
+        asked = [self.question(subject.pieces, item) for item in items]
         log_probs = answer(subject.model, asked, subject.group_size)
         results = []
         for item, question, log_prob in zip(items, asked, log_probs, strict=True):
@@ -74,6 +76,10 @@ class LineInfilling(Task):
                 result["pass_at_1"] = float(item.passes(text))
             results.append(result)
         return results
+
+    def question(self, pieces: Pieces, item: Line) -> Question:
+        """Whose likelihood is the line's; here, given both sides."""
+        return of_pieces(pieces, (item.prefix, item.line, item.suffix), 1)
 
     def fill(self, subject: Subject, item: Line, tokens: int) -> str:
         """The line that is written; `tokens`: how many the true one has."""
@@ -114,10 +120,48 @@ class FillInTheMiddle(LineInfilling):
         if any(mark is None or mark == subject.tokenizer.unk_token_id for mark in marks):
             raise ValueError(f"task {self.name}: the base model has no {', '.join(FIM)}")
         own = [subject.pieces.encode(text, at_start=True) for text in (item.prefix, item.suffix)]
-        prompt = torch.tensor([[marks[0], *own[0], marks[1], *own[1], marks[2]]])
-        made = subject.model.generate(prompt, max_new_tokens=LONGEST_LINE, policy=subject.policy, do_sample=False)
-        assert isinstance(made, torch.Tensor)
-        new = made[0, prompt.shape[1] :].tolist()
-        end = subject.tokenizer.eos_token_id
-        text = subject.pieces.decode(new[: new.index(end)] if end in new else new)
-        return text.partition("\n")[0]
+        return _go_on(subject, [marks[0], *own[0], marks[1], *own[1], marks[2]])
+
+
+class Prompted(LineInfilling):
+    """By going on behind a prompt, greedy up to the end of the line."""
+
+    def prompt(self, item: Line) -> str:
+        """What is gone on with."""
+        raise NotImplementedError
+
+    def question(self, pieces: Pieces, item: Line) -> Question:
+        return of_pieces(pieces, (self.prompt(item), item.line), 1)
+
+    def fill(self, subject: Subject, item: Line, tokens: int) -> str:
+        pieces = subject.pieces
+        return _go_on(subject, [pieces.start_token(), *pieces.encode(self.prompt(item), at_start=True)])
+
+
+class PrefixOnly(Prompted):
+    """Given the program before the line alone."""
+
+    name, about = "humaneval_infilling_prefix", "a missing line, given the program before it alone"
+
+    def prompt(self, item: Line) -> str:
+        return item.prefix
+
+
+class SuffixFirst(Prompted):
+    """Given the program behind the line first, then the program before it."""
+
+    name, about = "humaneval_infilling_reordered", "a missing line, prompted with the program behind it first"
+
+    def prompt(self, item: Line) -> str:
+        return suffix_first(item.prefix, item.suffix)
+
+
+def _go_on(subject: Subject, ids: list[int]) -> str:
+    """What the model writes behind some ids, up to the end of the line."""
+    prompt = torch.tensor([ids])
+    made = subject.model.generate(prompt, max_new_tokens=LONGEST_LINE, policy=subject.policy, do_sample=False)
+    assert isinstance(made, torch.Tensor)
+    new = made[0, prompt.shape[1] :].tolist()
+    end = subject.tokenizer.eos_token_id
+    text = subject.pieces.decode(new[: new.index(end)] if end in new else new)
+    return text.partition("\n")[0]

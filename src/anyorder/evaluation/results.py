@@ -95,6 +95,20 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return found
 
 
+def read_report(directory: Path) -> dict[str, Any]:
+    """The report of a run that is finished.
+
+    Raises:
+        ValueError: if the directory holds none.
+    """
+    command = read_settings(directory)["command"]
+    file = directory / REPORT
+    if not file.is_file():
+        raise ValueError(f"{directory} holds an unfinished evaluation; this goes on with it: {command}")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
 def read_items(directory: Path, task: str) -> list[dict[str, Any]]:
     """All items of a task of a run, in their order."""
     file = _items_file(directory, task)
@@ -142,7 +156,7 @@ def compare(first: Path, second: Path, metrics: dict[str, dict[str, Metric]]) ->
         for name, metric in metrics[task].items():
             if not (metric.is_known(a[:both]) and metric.is_known(b[:both])):
                 continue
-            difference = paired(metric.columns(a[:both]), metric.columns(b[:both]))
+            difference = paired(metric.columns(a[:both]), metric.columns(b[:both]), metric.statistic)
             rows.append({"task": task, "metric": name} | vars(difference))
     return rows
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+_DESCRIBING = (
+    "model", "dtype", "device", "group_size", "policy", "uncoupled", "orders", "seed", "temperature", "judge",
+    "execute_code", "limit", "batch_size",
+)  # fmt: skip
+"""Options that are written down beside the results."""
 
 
 def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -25,6 +32,17 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
                         help="of what is scored, from left to right; default: 1")  # fmt: skip
     parser.add_argument("--policy", metavar="NAME[:OPTION=VALUE,...]", default="groupwise:size=1",
                         help="of what is generated; default: groupwise:size=1")  # fmt: skip
+    parser.add_argument("--orders", type=partial(_at_least_two, positive), default=8, metavar="K",
+                        help="random orders that a document is predicted in; default: 8")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random orders and draws; default: 0")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                        help="of text that is judged (continuations, fills); 0 takes the most likely tokens; "
+                             "default: 1")  # fmt: skip
+    parser.add_argument("--judge", metavar="NAME",
+                        help="the model that judges text: a directory, GGUF file or hub id of any causal LM; default: "
+                             "the one that --model is made of")  # fmt: skip
+    parser.add_argument("--uncoupled", action="store_true",
+                        help="without the model's coupling: tokens of a group do not know each other")  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N",
                         help="items between two writes to disk; no result depends on it; default: 16")  # fmt: skip
     parser.add_argument(
@@ -37,8 +55,22 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     )
 
 
-def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> None:
+def _at_least_two(positive: Callable[[str], int], text: str) -> int:
+    if (value := positive(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: a spread needs at least 2 orders")
+    return value
+
+
+Load = Callable[[argparse.Namespace], tuple[Any, Any]]
+
+
+def run(options: argparse.Namespace, load: Load, load_judge: Load) -> None:
     """Evaluate, or compare, and print a table.
+
+    Args:
+        options: parsed from `add_options`.
+        load: loads the converted model that the options name, and its tokenizer.
+        load_judge: the same of the judge, if they name one.
 
     Raises:
         ValueError: for what cannot be meant, before a model is loaded.
@@ -46,13 +78,16 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     import json
 
     from anyorder.decoding import policies
+    from anyorder.decoding.sampling import Sampler
     from anyorder.evaluation import results
     from anyorder.evaluation.tasks import TASKS, task_of
 
     metrics = {name: task.metrics for name, task in TASKS.items()}
     if options.list:
+        width = max(map(len, TASKS))
         for name, task in TASKS.items():
-            print(f"{name:12} {task.about} [{task.file}; {task.source or 'not on the hub: --data-dir or --data'}]")
+            source = task.source or "not on the hub: --data-dir or --data"
+            print(f"{name:{width}} {task.about} [{task.file}; {source}]")
         return
     if options.compare is not None:
         first, second = options.compare
@@ -62,12 +97,16 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     if not options.tasks or options.out is None:
         raise ValueError("name a task and --out DIR; `anyorder eval --list` shows the tasks")
     policy = policies.parse(options.policy)  # a mistake leaves no directory behind
+    Sampler(True, temperature=options.temperature)
     tasks = [task_of(name) for name in dict.fromkeys(options.tasks)]
+    for one in tasks:
+        one.check(policy)
     read = {task.name: _read(task, options) for task in tasks}
     items = {task.name: [task.item(record) for record in read[task.name][0]] for task in tasks}
     settings = _settings(options, {name: fingerprint for name, (_, fingerprint) in read.items()})
     written = results.Results(options.out, settings)
-    _evaluate(options, policy, tasks, items, written, load)
+    judge = None if options.judge is None else partial(load_judge, options)
+    _evaluate(options, tasks, items, written, partial(_subject, options, policy, load, judge))
     report = written.report({task.name: task.metrics for task in tasks})
     print(json.dumps(report) if options.json else results.table(report))
 
@@ -104,8 +143,7 @@ def _settings(options: argparse.Namespace, data: dict[str, str]) -> dict[str, An
     import torch
     import transformers
 
-    names = ("model", "dtype", "device", "group_size", "policy", "execute_code", "limit", "batch_size")
-    settings = {"command": options.as_typed} | {name: getattr(options, name) for name in names}
+    settings = {"command": options.as_typed} | {name: getattr(options, name) for name in _DESCRIBING}
     settings["versions"] = {
         "anyorder": version("anyorder"), "torch": torch.__version__, "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -113,23 +151,31 @@ def _settings(options: argparse.Namespace, data: dict[str, str]) -> dict[str, An
     return settings | {"data": data}
 
 
+def _subject(options: argparse.Namespace, policy: Any, load: Load, judge: Any) -> Any:
+    from anyorder.evaluation.task import Subject
+
+    model, tokenizer = load(options)
+    if options.uncoupled:
+        if model.coupling is None:
+            raise ValueError(f"--uncoupled takes a coupling away, and {options.model} has none: leave it out")
+        model = model.uncoupled()
+    names = ("group_size", "execute_code", "orders", "seed", "temperature")
+    return Subject(model, tokenizer, policy, load_judge=judge, **{name: getattr(options, name) for name in names})
+
+
 def _evaluate(
     options: argparse.Namespace,
-    policy: Any,
     tasks: list[Any],
     items: dict[str, list[Any]],
     written: Any,
-    load: Callable[..., Any],
+    subject_of: Callable[[], Any],
 ) -> None:
     from tqdm import tqdm
-
-    from anyorder.evaluation.task import Subject
 
     done = {task.name: written.done(task.name) for task in tasks}
     if all(done[name] == len(items[name]) for name in done):
         return
-    model, tokenizer = load(options)
-    subject = Subject(model, tokenizer, policy, options.group_size, options.execute_code)
+    subject = subject_of()
     for task in tasks:
         every, first = items[task.name], done[task.name]
         with tqdm(total=len(every), initial=first, desc=task.name, unit="item", disable=not sys.stderr.isatty()) as bar:

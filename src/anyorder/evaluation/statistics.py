@@ -1,7 +1,14 @@
-"""Means over items with bootstrap intervals, and paired tests between two runs. Knows numbers alone."""
+"""Statistics over items with bootstrap intervals, and paired tests between two runs. Knows numbers alone.
+
+A statistic is a function of what its columns add up to over items: a mean, a ratio, a calibration error. So a resample
+of the items is a weighted sum, and one bootstrap serves them all.
+
+Shapes: N items, C columns of each, R resamples.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +18,28 @@ RESAMPLES = 2000
 AT_ONCE = 1 << 24
 """Numbers of a resample that are held at the same time."""
 
+Statistic = Callable[[Tensor], Tensor]
+"""(..., C) sums over items -> (...)."""
+
+
+def ratio(sums: Tensor) -> Tensor:
+    """The first column over the second, such as nats a token; a mean where the second is ones."""
+    return sums[..., 0] / sums[..., 1]
+
+
+def calibration_error(sums: Tensor) -> Tensor:
+    """Expected calibration error (arXiv 1706.04599): how far confidence is from accuracy, mean over predictions.
+
+    Args:
+        sums: (..., 3 x bins): predictions in each bin, then the sums of their confidences, then how many were right.
+    """
+    predictions, confidence, right = sums.unflatten(-1, (3, -1)).unbind(-2)
+    return (confidence - right).abs().sum(dim=-1) / predictions.sum(dim=-1)
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over items with its 95% interval (percentile bootstrap over items, Efron 1979)."""
+    """A statistic over items with its 95% interval (percentile bootstrap over items, Efron 1979)."""
 
     value: float
     low: float
@@ -22,26 +47,27 @@ class Estimate:
     items: int
 
 
-def ratio_of_sums(numerator: Tensor, denominator: Tensor, seed: int = 0) -> Estimate:
-    """sum(numerator) / sum(denominator) over items, such as nats a token; a mean if the denominator is ones.
+def estimate(columns: Tensor, statistic: Statistic = ratio, seed: int = 0) -> Estimate:
+    """A statistic of all items.
 
     Args:
-        numerator, denominator: (N,) float64.
+        columns: (N, C) float64.
+        statistic: of their sums.
         seed: of the resamples.
 
     Raises:
         ValueError: without items.
     """
-    if not len(numerator):
+    if not len(columns):
         raise ValueError("no items to take a mean of")
-    resampled = torch.cat([_ratio(numerator[some], denominator[some]) for some in _resamples(len(numerator), seed)])
+    resampled = torch.cat([statistic(_sums(some, columns)) for some in _resamples(len(columns), seed)])
     low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(float(_ratio(numerator[None], denominator[None])), low, high, len(numerator))
+    return Estimate(float(statistic(columns.sum(dim=0))), low, high, len(columns))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much greater a mean is in one run than in another over the same items."""
+    """How much greater a statistic is in one run than in another over the same items."""
 
     value: float
     low: float
@@ -51,33 +77,35 @@ class Difference:
     items: int
 
 
-def paired(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], seed: int = 0) -> Difference:
-    """second - first, each a ratio of sums over the same items in the same order.
+def paired(first: Tensor, second: Tensor, statistic: Statistic = ratio, seed: int = 0) -> Difference:
+    """The statistic of the second less that of the first, over the same items in the same order.
 
     Args:
-        first, second: numerators and denominators, (N,) float64 each.
+        first, second: (N, C) float64 each.
+        statistic: of their sums.
         seed: of resamples and permutations.
     """
-    (a, m), (b, n) = first, second
 
-    def difference(rows: Tensor) -> Tensor:
-        return _ratio(b[rows], n[rows]) - _ratio(a[rows], m[rows])
+    def difference(one: Tensor, other: Tensor) -> Tensor:
+        return statistic(other) - statistic(one)
 
-    observed = float(_ratio(b[None], n[None]) - _ratio(a[None], m[None]))
-    resampled = torch.cat([difference(some) for some in _resamples(len(a), seed)])
+    observed = float(difference(first.sum(dim=0), second.sum(dim=0)))
+    resamples = _resamples(len(first), seed)
+    resampled = torch.cat([difference(_sums(some, first), _sums(some, second)) for some in resamples])
     low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     generator = torch.Generator().manual_seed(seed)
     extreme = 0
     for _ in range(RESAMPLES):
-        swap = torch.rand(len(a), generator=generator) < 0.5
-        one = _ratio(torch.where(swap, b, a)[None], torch.where(swap, n, m)[None])
-        other = _ratio(torch.where(swap, a, b)[None], torch.where(swap, m, n)[None])
-        extreme += int(abs(float(other - one)) >= abs(observed) - 1e-12)
-    return Difference(observed, low, high, (extreme + 1) / (RESAMPLES + 1), len(a))
+        swap = torch.rand(len(first), generator=generator)[:, None] < 0.5
+        one, other = torch.where(swap, second, first), torch.where(swap, first, second)
+        extreme += int(abs(float(difference(one.sum(dim=0), other.sum(dim=0)))) >= abs(observed) - 1e-12)
+    return Difference(observed, low, high, (extreme + 1) / (RESAMPLES + 1), len(first))
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return numerator.sum(dim=1) / denominator.sum(dim=1)
+def _sums(items: Tensor, columns: Tensor) -> Tensor:
+    """(R, C): what the columns add up to over each resample."""
+    counts = torch.zeros(len(items), len(columns), dtype=columns.dtype)
+    return counts.scatter_add_(1, items, torch.ones_like(items, dtype=columns.dtype)) @ columns
 
 
 def _resamples(items: int, seed: int) -> list[Tensor]:

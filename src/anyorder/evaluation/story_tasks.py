@@ -3,19 +3,28 @@ two endings is likelier.
 
 The protocol is that of A3 (arXiv 2601.13228) and DiffuLLaMA (arXiv 2410.17891): sentence 3 is generated at its true
 length in tokens, given sentences 1, 2, 4 and 5, and compared by ROUGE. Beside it stands what a left-to-right model can
-do: the same length, given sentences 1 and 2 alone.
+do, at the same length: given sentences 1 and 2 alone, and prompted with what is behind the blank, then with what is
+before it (suffix-prefix prompting).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
-from anyorder.evaluation.questions import answer, fill, of_pieces
+from anyorder.evaluation.questions import Question, answer, fill, of_pieces, suffix_first
 from anyorder.evaluation.sources import columns
 from anyorder.evaluation.task import Metric, Subject, Task
 from anyorder.evaluation.text_metrics import ROUGE, distinct, rouge
+from anyorder.infill.pieces import Pieces
+
+_WAYS = ("", "_prefix_only", "_reordered")
+Found = tuple[list[list[str]], list[float]]
+"""Of each story the text of each blank, and the nats of all true ones."""
+Ask = Callable[[Pieces, Sequence[str], int], Question]
+"""About one part of a text."""
 
 _CLOZE = ("InputSentence1", "InputSentence2", "InputSentence3", "InputSentence4",
           "RandomFifthSentenceQuiz1", "RandomFifthSentenceQuiz2", "AnswerRightEnding")  # fmt: skip
@@ -48,19 +57,17 @@ class Story:
 
 
 class StoryInfilling(Task):
-    """One sentence of five, at its true length.
+    """One sentence of five, or two, at their true lengths.
 
-    Args:
-        blank: the sentence, from 0.
+    Attributes:
+        blanks: the sentences, from 0; never the first.
     """
 
     source, file = None, "cloze_test_val__spring2016"
-    blank: ClassVar[int]
+    blanks: ClassVar[tuple[int, ...]]
     metrics: ClassVar[dict[str, Metric]] = {
-        "nats_per_token": Metric("nats", "tokens", better="lower"),
-        "nats_per_token_prefix_only": Metric("nats_prefix_only", "tokens", better="lower"),
-        **{name: Metric(name) for name in ROUGE},
-        **{f"{name}_prefix_only": Metric(f"{name}_prefix_only") for name in ROUGE},
+        **{f"nats_per_token{way}": Metric(f"nats{way}", "tokens", better="lower") for way in _WAYS},
+        **{f"{name}{way}": Metric(f"{name}{way}") for way in _WAYS for name in ROUGE},
         "distinct_2": Metric("distinct_2"),
     }
 
@@ -68,41 +75,85 @@ class StoryInfilling(Task):
         return Story.of(record, self.name)
 
     def evaluate(self, subject: Subject, items: Sequence[Any]) -> list[dict[str, Any]]:
-        behind = range(self.blank + 1, 5)
-        both = [of_pieces(subject.pieces, story.parts, self.blank) for story in items]
-        one = [of_pieces(subject.pieces, story.parts, self.blank, absent=behind) for story in items]
         found = {
-            name: (fill(subject.model, some, subject.policy), answer(subject.model, some, subject.group_size))
-            for name, some in (("", both), ("_prefix_only", one))
+            "": self._at_once(subject, items),
+            "_prefix_only": self._one_by_one(subject, items, self._prefix_only),
+            "_reordered": self._one_by_one(subject, items, self._reordered),
         }
         results = []
         for n, story in enumerate(items):
-            reference = story.sentences[self.blank]
-            result: dict[str, Any] = {"tokens": len(both[n].targets), "reference": reference}
-            for name, (fills, log_probs) in found.items():
-                text = subject.pieces.decode(fills[n]).strip()
-                result |= {f"text{name}": text, f"nats{name}": -log_probs[n]}
-                result |= {f"{kind}{name}": value for kind, value in rouge(text, reference).items()}
+            references = [story.sentences[blank] for blank in self.blanks]
+            tokens = sum(len(subject.pieces.encode(story.parts[blank])) for blank in self.blanks)
+            result: dict[str, Any] = {"tokens": tokens, "reference": " ".join(references)}
+            for way, (fills, nats) in found.items():
+                texts = [text.strip() for text in fills[n]]
+                each = [rouge(text, reference) for text, reference in zip(texts, references, strict=True)]
+                result |= {f"text{way}": " ".join(texts), f"nats{way}": nats[n]}
+                result |= {f"{name}{way}": sum(one[name] for one in each) / len(each) for name in ROUGE}
             results.append(result | {"distinct_2": distinct(result["text"].split(), 2)})
         return results
+
+    def _at_once(self, subject: Subject, items: Sequence[Story]) -> Found:
+        """All blanks in one question, given both sides."""
+        pieces = subject.pieces
+        asked = [of_pieces(pieces, story.parts, self.blanks) for story in items]
+        texts = []
+        for story, ids in zip(items, fill(subject.model, asked, subject.policy), strict=True):
+            lengths = [len(pieces.encode(story.parts[blank])) for blank in self.blanks]
+            ends = list(accumulate(lengths))
+            own = zip(ends, lengths, strict=True)
+            texts.append([pieces.decode(ids[end - length : end]) for end, length in own])
+        return texts, [-one for one in answer(subject.model, asked, subject.group_size)]
+
+    def _one_by_one(self, subject: Subject, items: Sequence[Story], question: Ask) -> Found:
+        """The blanks from left to right, each as a question of its own: what a left-to-right model can do. It is scored
+        on the true text, and fills behind what it has filled."""
+        written = [list(story.parts) for story in items]
+        nats = [0.0] * len(items)
+        for blank in self.blanks:
+            asked = [question(subject.pieces, story.parts, blank) for story in items]
+            nats = [a - b for a, b in zip(nats, answer(subject.model, asked, subject.group_size), strict=True)]
+            own = [question(subject.pieces, parts, blank) for parts in written]
+            for parts, ids in zip(written, fill(subject.model, own, subject.policy), strict=True):
+                parts[blank] = subject.pieces.decode(ids)
+        return [[parts[blank] for blank in self.blanks] for parts in written], nats
+
+    def _prefix_only(self, pieces: Pieces, parts: Sequence[str], blank: int) -> Question:
+        return of_pieces(pieces, parts, blank, absent=range(blank + 1, len(parts)))
+
+    def _reordered(self, pieces: Pieces, parts: Sequence[str], blank: int) -> Question:
+        behind = "".join(part for n, part in enumerate(parts) if n > blank and n not in self.blanks)
+        return of_pieces(pieces, (suffix_first("".join(parts[:blank]), behind.lstrip()), parts[blank]), 1)
 
 
 class SecondSentence(StoryInfilling):
     """Sentence 2 of 5."""
 
-    name, about, blank = "stories_2", "infill sentence 2 of 5", 1
+    name, about, blanks = "stories_2", "infill sentence 2 of 5", (1,)
 
 
 class ThirdSentence(StoryInfilling):
     """Sentence 3 of 5, the paper's task."""
 
-    name, about, blank = "stories", "infill sentence 3 of 5 (the paper's)", 2
+    name, about, blanks = "stories", "infill sentence 3 of 5 (the paper's)", (2,)
 
 
 class FourthSentence(StoryInfilling):
     """Sentence 4 of 5."""
 
-    name, about, blank = "stories_4", "infill sentence 4 of 5", 3
+    name, about, blanks = "stories_4", "infill sentence 4 of 5", (3,)
+
+
+class SecondAndFourthSentence(StoryInfilling):
+    """Sentences 2 and 4 of 5 at once."""
+
+    name, about, blanks = "stories_2_4", "infill sentences 2 and 4 of 5 at once", (1, 3)
+
+
+class ThirdAndFourthSentence(StoryInfilling):
+    """Sentences 3 and 4 of 5 at once: one long blank."""
+
+    name, about, blanks = "stories_3_4", "infill sentences 3 and 4 of 5 at once", (2, 3)
 
 
 class StoryCloze(Task):

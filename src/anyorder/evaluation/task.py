@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anyorder.decoding.policies import Policy, groupwise
-from anyorder.evaluation.statistics import Estimate, ratio_of_sums
+from anyorder.evaluation.judge import Judge
+from anyorder.evaluation.statistics import Estimate, estimate, ratio
 from anyorder.infill.infiller import Infiller
 from anyorder.infill.pieces import Pieces
 from anyorder.modeling import AnyOrderForCausalLM
@@ -27,12 +28,14 @@ class Metric:
     per: str | None = None
     better: str = "higher"
 
-    def columns(self, results: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-        """(N,) float64 numerators and denominators of the items."""
-        top = torch.tensor([float(one[self.field]) for one in results], dtype=torch.float64)
-        if self.per is None:
-            return top, torch.ones_like(top)
-        return top, torch.tensor([float(one[self.per]) for one in results], dtype=torch.float64)
+    def columns(self, results: Sequence[Mapping[str, Any]]) -> Tensor:
+        """(N, C) float64: what the statistic adds up over items; here numerators and denominators."""
+        pairs = [(one[self.field], 1 if self.per is None else one[self.per]) for one in results]
+        return torch.tensor(pairs, dtype=torch.float64).view(len(results), 2)
+
+    def statistic(self, sums: Tensor) -> Tensor:
+        """Of (..., C) sums over items."""
+        return ratio(sums)
 
     def is_known(self, results: Sequence[Mapping[str, Any]]) -> bool:
         """Whether every item has it; some are measured only where the user says so."""
@@ -40,7 +43,7 @@ class Metric:
 
     def estimate(self, results: Sequence[Mapping[str, Any]]) -> Estimate:
         """Over results of items, with its interval."""
-        return ratio_of_sums(*self.columns(results))
+        return estimate(self.columns(results), self.statistic)
 
 
 @dataclass
@@ -53,6 +56,10 @@ class Subject:
         policy: of what is generated.
         group_size: of what is scored, from left to right.
         execute_code: whether programs that the model writes are run.
+        orders: random orders that a document is predicted in, where orders are compared.
+        seed: of random orders and draws; each document's own depend on its text alone.
+        temperature: of text that is judged; what is compared with a right answer is never drawn.
+        load_judge: the model that judges text, and its tokenizer; None: the wrapped causal LM itself.
     """
 
     model: AnyOrderForCausalLM
@@ -60,10 +67,20 @@ class Subject:
     policy: Policy = field(default_factory=lambda: groupwise(1))
     group_size: int = 1
     execute_code: bool = False
+    orders: int = 8
+    seed: int = 0
+    temperature: float = 1.0
+    load_judge: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None
 
     @cached_property
     def pieces(self) -> Pieces:
         return Pieces(self.tokenizer)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Loaded where text is judged."""
+        own = self.model.causal_lm, self.tokenizer
+        return Judge(*(own if self.load_judge is None else self.load_judge()))
 
     @cached_property
     def infiller(self) -> Infiller:
@@ -87,6 +104,9 @@ class Task(ABC):
     source: ClassVar[str | None]
     file: ClassVar[str]
     metrics: ClassVar[dict[str, Metric]]
+
+    def check(self, policy: Policy) -> None:  # noqa: B027 - most tasks can be asked under any
+        """Raise ValueError if the task cannot be asked under a policy, before a model is loaded."""
 
     @abstractmethod
     def item(self, record: dict[str, Any]) -> Any:

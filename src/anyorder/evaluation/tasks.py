@@ -5,15 +5,28 @@ from __future__ import annotations
 import difflib
 
 from anyorder.evaluation.choice_tasks import HellaSwag, Lambada, Piqa, Siqa, WinoGrande
-from anyorder.evaluation.code_tasks import AutoLength, FillInTheMiddle, TrueLength
-from anyorder.evaluation.story_tasks import FourthSentence, SecondSentence, StoryCloze, ThirdSentence
+from anyorder.evaluation.code_tasks import AutoLength, FillInTheMiddle, PrefixOnly, SuffixFirst, TrueLength
+from anyorder.evaluation.order_audit import Calibration, OrderSpread, OrderTaken
+from anyorder.evaluation.story_tasks import (
+    FourthSentence,
+    SecondAndFourthSentence,
+    SecondSentence,
+    StoryCloze,
+    ThirdAndFourthSentence,
+    ThirdSentence,
+)
 from anyorder.evaluation.task import Task
 from anyorder.evaluation.trivia import TriviaQa
+from anyorder.evaluation.writing_tasks import Continuations, Fills
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (TriviaQa, HellaSwag, WinoGrande, Siqa, Piqa, Lambada, ThirdSentence, SecondSentence, FourthSentence,
-                 StoryCloze, TrueLength, AutoLength, FillInTheMiddle)
+    for task in (
+        TriviaQa, HellaSwag, WinoGrande, Siqa, Piqa, Lambada,
+        ThirdSentence, SecondSentence, FourthSentence, SecondAndFourthSentence, ThirdAndFourthSentence, StoryCloze,
+        TrueLength, AutoLength, FillInTheMiddle, PrefixOnly, SuffixFirst,
+        Continuations, Fills, OrderSpread, OrderTaken, Calibration,
+    )
 }  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -60,6 +62,12 @@ def distinct(words: Sequence[Any], n: int) -> float:
     """Share of different n-grams among all n-grams (Li et al. 2016); 1 where there is none."""
     grams = [tuple(words[k : k + n]) for k in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def entropy(words: Sequence[Any]) -> float:
+    """Of the distribution of words within the text, in nats: 0 for one word over and over, log N for N different."""
+    counts = Counter(words).values()
+    return -sum(count / len(words) * math.log(count / len(words)) for count in counts)
 
 
 def repetition(words: Sequence[Any], n: int = 4) -> float:

@@ -138,17 +138,20 @@ class Predictor:
         return found.spread(-self.losses(found, targets).float())
 
     @torch.no_grad()
-    def log_probs_and_best(self, found: Predictions, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """`log_probs`, and (B, T) bool: whether the target is what a greedy choice takes; False where none is made."""
+    def log_probs_and_best(self, found: Predictions, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`log_probs`; (B, T) bool: whether the target is what a greedy choice takes; and (B, T) float32: log p of what
+        it takes, in nats. False and 0 where nothing is predicted."""
         chosen, hidden = targets.to(found.hidden.device)[found.where], found.hidden
         size = CHUNK if hidden.device.type == "cpu" else CHUNK_ON_DEVICE
         losses = hidden.new_zeros(len(chosen), dtype=torch.float32)
-        best = torch.zeros_like(losses, dtype=torch.bool)
+        greatest, best = torch.zeros_like(losses), torch.zeros_like(losses, dtype=torch.bool)
         for these in torch.arange(len(chosen), device=hidden.device).split(size):
             logits = self.logits(hidden[these]).float()
             losses[these] = nn.functional.cross_entropy(logits, chosen[these], reduction="none")
-            best[these] = logits.argmax(dim=-1) == chosen[these]
-        return found.spread(-losses), found.spread(best)
+            top, ids = logits.max(dim=-1)
+            best[these] = ids == chosen[these]
+            greatest[these] = top - logits.gather(1, chosen[these, None])[:, 0] - losses[these]
+        return found.spread(-losses), found.spread(best), found.spread(greatest)
 
 
 def negative_log_likelihoods(causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from anyorder.core.factorization import ABSENT
+from anyorder.core.rng import seed_of
 from anyorder.decoding.request import end_ids
 from anyorder.decoding.sampling import DRAWING
 from anyorder.evaluation.batches import batches
 from anyorder.evaluation.harness.encoding import TextEncoder
-from anyorder.evaluation.harness.likelihoods import seed_of
 from anyorder.evaluation.harness.settings import Settings
 from anyorder.infill.pieces import Pieces
 from anyorder.modeling import AnyOrderForCausalLM

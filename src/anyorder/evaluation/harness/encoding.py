@@ -28,14 +28,22 @@ class Encoded:
     predicted: list[int]
     source: str
     """The text that decides in which random orders this one is predicted."""
+    behind: tuple[int, ...] = ()
+    """Given, too, behind what is predicted."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive tokens that fit a model, the first of them given, the others predicted."""
+    """Consecutive tokens that fit a model: the first of them given, the last, too, if any, the others predicted."""
 
     ids: list[int]
     given: int
+    behind: int = 0
+
+    @property
+    def end(self) -> int:
+        """Behind the last that is predicted."""
+        return len(self.ids) - self.behind
 
 
 class TextEncoder:
@@ -70,6 +78,13 @@ class TextEncoder:
         if len(whole) > len(given) and whole[: len(given)] == given:
             return Encoded(given, whole[len(given) :], source)
         return Encoded(given, self.pieces.encode(continuation), source)
+
+    def context_of(self, context: str, continuation: str) -> Encoded:
+        """A context to be scored, given the continuation behind it: both have the tokens that `pair` gives them."""
+        kept = context.rstrip()
+        if not kept:
+            return Encoded([], [], context)
+        return Encoded(*self._behind_start(kept), context, tuple(self.pair(context, continuation).predicted))
 
     def document(self, text: str) -> Encoded:
         """A whole text to be scored."""
@@ -125,10 +140,21 @@ def windows(text: Encoded, room: int) -> list[Window]:
 
     What does not fit is left out from the left as long as one token of the context stays. A longer text is cut: each
     window predicts as many tokens as it can, and the last one is filled up with what stands in front of its own.
+
+    Raises:
+        ValueError: for a text with something behind it that does not fit: no part of it can be left out.
     """
     tokens, new = text.given + text.predicted, len(text.predicted)
     if not new:
         return []
+    if text.behind:
+        whole = [*tokens, *text.behind]
+        if len(whole) > room:
+            raise ValueError(
+                f"scored=context: a text of {len(whole)} tokens does not fit the {room} that the model can read; "
+                "raise max_length, if the model allows, or leave long texts out"
+            )
+        return [Window(whole, len(text.given), len(text.behind))]
     if new < room:
         tokens = tokens[-room:]
         return [Window(tokens, len(tokens) - new)]

@@ -14,7 +14,6 @@ Shapes: B batch, T columns.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from anyorder import scoring
 from anyorder.core.factorization import Factorization
+from anyorder.core.rng import seed_of
 from anyorder.evaluation.batches import batches
 from anyorder.evaluation.harness.encoding import Encoded, Window, windows
 from anyorder.evaluation.harness.settings import Settings
@@ -53,12 +53,6 @@ class _Part:
     """Of its text."""
 
 
-def seed_of(seed: int, *texts: str) -> int:
-    """A seed for a text: the same on every machine and in every run."""
-    digest = hashlib.blake2b("\0".join((str(seed), *texts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
-
-
 class Scorer:
     """Texts to scores.
 
@@ -70,7 +64,9 @@ class Scorer:
 
     def __init__(self, model: AnyOrderPreTrainedModel, settings: Settings, context: int):
         self.model, self.settings = model, settings
-        self.by_base = scoring.is_its_base(model, settings.order, settings.group_size)
+        self.by_base = settings.scored == "continuation" and scoring.is_its_base(
+            model, settings.order, settings.group_size
+        )
         # In a causal LM the last token is predicted and never read.
         self.room = context + self.by_base
 
@@ -103,7 +99,9 @@ class Scorer:
     def _order(self, window: Window, generator: torch.Generator) -> Factorization | None:
         if self.by_base:
             return None
-        plain = Factorization.left_to_right(len(window.ids), given=window.given)
+        length, end = len(window.ids), window.end
+        given = [*range(window.given), *range(end, length)]
+        plain = Factorization.conditional(range(window.given, end), given, length)
         return plain.regroup(self.settings.group_size, self.settings.order, generator)
 
     def _forward(self, batch: Sequence[_Part]) -> TeacherForced:
@@ -122,7 +120,7 @@ def _predicted(batch: Sequence[_Part], columns: int) -> Tensor:
     """(B, T) bool."""
     every = torch.arange(columns)
     first = torch.tensor([part.window.given for part in batch])
-    end = torch.tensor([len(part.window.ids) for part in batch])
+    end = torch.tensor([part.window.end for part in batch])
     return (every >= first[:, None]) & (every < end[:, None])
 
 

@@ -72,9 +72,11 @@ class AnyOrderLM(LM):
     # ------------------------------------------------------------------ requests
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation behind its context, and whether greedy decoding gives it."""
+        """The log-likelihood of each continuation behind its context, and whether greedy decoding gives it; with
+        scored=context of each context in front of its continuation."""
         asked = [request.args for request in requests]
-        texts = [self.encoder.pair(*args) for args in self._watched(asked, "Tokenizing", len(asked), disable_tqdm)]
+        encode = self.encoder.context_of if self.settings.scored == "context" else self.encoder.pair
+        texts = [encode(*args) for args in self._watched(asked, "Tokenizing", len(asked), disable_tqdm)]
         found: dict[int, tuple[float, bool]] = {}
         for number, score in self._scores(texts, "loglikelihood", disable_tqdm):
             found[number] = score.log_likelihood, score.is_greedy

@@ -16,6 +16,7 @@ from anyorder.hub.resolve import DEFAULT_MODEL
 from anyorder.scoring import TOKENS_AT_ONCE
 
 ORDERS = ("left_to_right", "random")
+SCORED = ("continuation", "context")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -55,6 +56,8 @@ class Settings:
         order: of prediction, for likelihoods: "left_to_right" or "random".
         group_size: tokens predicted at a step; without a policy for generation, too.
         order_average: for likelihoods, over so many random orders: see `likelihoods`.
+        scored: what a likelihood is of: the "continuation" given its context, or the "context" given the continuation
+            that stands behind it, as no causal LM can say exactly: which answer makes the question likeliest.
         seed: of random orders and of drawing.
         policy: for generation, as the command line writes it: `groupwise:size=4`.
         temperature, top_k, top_p, min_p: for generation, whatever a task says; None leaves it to the task.
@@ -71,6 +74,7 @@ class Settings:
     order: str = "left_to_right"
     group_size: int = 1
     order_average: int = 1
+    scored: str = "continuation"
     seed: int = 0
     policy: str | None = None
     temperature: float | None = None
@@ -93,6 +97,8 @@ class Settings:
             )
         if self.order not in ORDERS:
             raise ValueError(f"order={self.order!r}: use {' or '.join(ORDERS)}")
+        if self.scored not in SCORED:
+            raise ValueError(f"scored={self.scored!r}: use {' or '.join(SCORED)}")
         for name, least in (
             ("group_size", 1), ("order_average", 1), ("seed", 0), ("max_gen_toks", 1), ("max_length", 2),
             ("prefix_token_id", 0), ("max_batch_size", 1), ("tokens_at_once", 1),
