@@ -138,7 +138,8 @@ def exported_rows(model: AnyOrderPreTrainedModel) -> ov.Model:
     past = [torch.zeros(B, heads, K, size) for pair in shapes for heads, size in pair]
     gates = torch.ones(B, R, dtype=torch.bool)
     embeds = torch.zeros(B, R, embedding)
-    inputs = (embeds, rows, rows, rows + 1, gates, slots[:, K:].clone(), slots, slots.clone(), past)
+    # Every input a tensor of its own: of one that comes twice tracing sees one use.
+    inputs = (embeds, rows, rows.clone(), rows + 1, gates, slots[:, K:].clone(), slots, slots.clone(), past)
     free = torch.export.Dim.DYNAMIC
     dynamic = (*({0: free, 1: free} for _ in INPUTS), [{0: free, 2: free} for _ in past])
     graph = _converted(_Forward(model), inputs, dynamic)

@@ -38,7 +38,8 @@ class _Requests:
     made: dict[bool, Any] = field(default_factory=dict)
     bound: dict[bool, tuple[int, ...]] = field(default_factory=dict)
     """Where the keys and values lie that a request reads, and how many ranks of them."""
-    held: dict[bool, list[Any]] = field(default_factory=dict)
+    held: dict[bool, list[Tensor]] = field(default_factory=dict)
+    """What those keys and values lie in: OpenVINO does not keep it."""
 
 
 class OpenVINORunner(ModelRunner):
@@ -97,9 +98,9 @@ class OpenVINORunner(ModelRunner):
             "embeds": embeds.float(), "positions": rows.positions, "lo": rows.lo, "hi": rows.hi, "gates": rows.gates,
             "ranks": rows.ranks, "slots": slots, "slot_positions": positions,
         }  # fmt: skip
-        shared = {name: _shared(tensor) for name, tensor in inputs.items()}
-        for name, tensor in shared.items():
-            request.set_tensor(name, tensor)
+        inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        for name, tensor in inputs.items():
+            request.set_tensor(name, _shared(tensor))
         request.infer()
         hidden, *new = (torch.from_numpy(output.data) for output in request.output_tensors)
         start = common_start(rows.ranks, store.capacity)
@@ -112,9 +113,9 @@ class OpenVINORunner(ModelRunner):
         if not len(hidden):
             return logits
         request = self._head.create_infer_request()
-        given, made = _shared(hidden.float()), _shared(logits)
-        request.set_input_tensor(given)
-        request.set_output_tensor(made)
+        hidden = hidden.float().contiguous()
+        request.set_input_tensor(_shared(hidden))
+        request.set_output_tensor(_shared(logits))
         request.infer()
         return logits
 
@@ -140,10 +141,10 @@ class OpenVINORunner(ModelRunner):
             parts = [buffer[:, :, :count].contiguous() for buffer in buffers]
         else:
             parts = [torch.zeros(batch, heads, 0, size) for pair in self._sizes for heads, size in pair]
-        requests.held[is_open] = [_shared(part) for part in parts]
+        requests.held[is_open] = parts
         names = [name for layer in range(len(self._sizes)) for name in (f"key.{layer}", f"value.{layer}")]
-        for name, part in zip(names, requests.held[is_open], strict=True):
-            request.set_tensor(name, part)
+        for name, part in zip(names, parts, strict=True):
+            request.set_tensor(name, _shared(part))
         requests.bound[is_open] = bound
         return request, count
 
@@ -187,5 +188,6 @@ def _slots(rows: Rows, store: KeyValueStore, count: int) -> Tensor:
 
 
 def _shared(tensor: Tensor) -> ov.Tensor:
-    """The same memory: the tensor must live as long."""
-    return ov.Tensor(tensor.detach().contiguous().numpy(), shared_memory=True)
+    """The memory of a contiguous tensor, which must live as long."""
+    assert tensor.is_contiguous()
+    return ov.Tensor(tensor.detach().numpy(), shared_memory=True)
