@@ -1,4 +1,5 @@
-"""The command line: `anyorder convert | adapt | fit-lengths | generate | infill | score | eval | bench | show | plot`.
+"""The command line: `anyorder convert | adapt | fit-lengths | prepare | generate | infill | score | eval | bench | show |
+plot`.
 
 Texts come from arguments, from `--file` or from standard input. Results go to standard output, everything else to
 standard error. An error is one line and exit code 2; `--debug` shows the traceback.
@@ -19,9 +20,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from anyorder import __version__
-from anyorder.cli import adapt, bench, convert, eval, fit_lengths, generate, infill, plot, score, show
+from anyorder.cli import adapt, bench, convert, eval, fit_lengths, generate, infill, plot, prepare, score, show
 
-_COMMANDS = (convert, adapt, fit_lengths, generate, infill, score, eval, bench, show, plot)
+_COMMANDS = (convert, adapt, fit_lengths, prepare, generate, infill, score, eval, bench, show, plot)
 """Modules with `add(subparsers)`: one a command, in the order of the help page."""
 
 

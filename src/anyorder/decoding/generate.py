@@ -145,6 +145,8 @@ def stream(
         forced_ids: (B, T) int64, tokens to commit instead of drawing; -100 where a token is to be drawn. A forced token
             is never an end.
         compile: run steps as compiled code; the first of each shape takes minutes, once a machine (see `compiled`).
+        engine, weights: what runs steps: "eager" PyTorch, "openvino" with weights in int8, bfloat16 or float32, or
+            "cuda_graphs"; default "auto" (see `runtime.engines`).
         use_cache and others of transformers' names that change no result there: no effect (`conventions`).
 
     With prompts, T of allowed_tokens, blank_constraints and forced_ids is the longest prompt and the new tokens,

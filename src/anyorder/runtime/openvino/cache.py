@@ -43,7 +43,7 @@ _OLD = 24 * 3600
 """Seconds after which a folder that was begun and never finished is deleted."""
 
 
-class Damaged(Exception):
+class DamagedError(Exception):
     """Files of a folder are not those that were written."""
 
 
@@ -103,7 +103,7 @@ def find(folder: Path) -> bool:
         check(folder)
     except FileNotFoundError:
         return False
-    except Damaged as error:
+    except DamagedError as error:
         logger.warning("%s is damaged (%s): it counts as not prepared", folder, error)
         return False
     with suppress(OSError):  # a cache that cannot be written to still serves
@@ -117,7 +117,7 @@ def check(folder: Path) -> None:
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if others than this user could have written to it.
-        Damaged: if a file is.
+        DamagedError: if a file is.
     """
     for path in (folder, *(folder / name for name in (_LIST, *FILES) if (folder / name).exists())):
         _check_owner(path)
@@ -125,9 +125,9 @@ def check(folder: Path) -> None:
         listed = json.loads((folder / _LIST).read_text())
         for name in FILES:
             if _described(folder / name) != listed[name]:
-                raise Damaged(f"{name} is not what was written")
+                raise DamagedError(f"{name} is not what was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{type(error).__name__}: {error}") from error
+        raise DamagedError(f"{type(error).__name__}: {error}") from error
 
 
 def write(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -148,12 +148,13 @@ def write(folder: Path, fill: Callable[[Path], None]) -> None:
         fill(part)
         for name in FILES:
             os.chmod(part / name, 0o600)
+        (part / _LIST).touch(mode=0o600)
         (part / _LIST).write_text(json.dumps({name: _described(part / name) for name in FILES}, indent=1))
         _move(part, folder)
     except OSError as error:
         raise ValueError(
-            f"cannot keep prepared graphs in {folder}: {error}. Give it room, name another folder in ANYORDER_CACHE, or "
-            "use engine='eager'"
+            f"cannot keep prepared graphs in {folder}: {error}. Give it room, name another folder in ANYORDER_CACHE, "
+            "or use engine='eager'"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -169,7 +170,7 @@ def _move(part: Path, folder: Path) -> None:
         except OSError:
             if not folder.exists():
                 raise
-            with suppress(Damaged, FileNotFoundError):
+            with suppress(DamagedError, FileNotFoundError):
                 check(folder)
                 return  # another process was first
             aside = part.with_name(part.name + ".damaged")
@@ -191,8 +192,8 @@ def _check_owner(path: Path) -> None:
         return
     if found.st_uid not in (os.getuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError(
-            f"prepared graphs in {path} are not loaded: others than you can write there. Delete it, or name a folder of "
-            "your own in ANYORDER_CACHE"
+            f"prepared graphs in {path} are not loaded: others than you can write there. Delete it, or name a folder "
+            "of your own in ANYORDER_CACHE"
         )
 
 

@@ -1,5 +1,5 @@
-"""Graphs rewritten for speed: linear layers of the same input as one, no adapters where all gates are closed, weights in
-fewer bits. What they compute stays what it was, to rounding.
+"""Graphs rewritten for speed: linear layers of the same input as one, no adapters where all gates are closed, weights
+in fewer bits. What they compute stays what it was, to rounding.
 
 This module knows nodes of OpenVINO's graphs: linear layers are products with a constant, adapters what gates multiply.
 """

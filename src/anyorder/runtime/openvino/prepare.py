@@ -12,6 +12,7 @@ import openvino as ov
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.runtime.openvino import cache
 from anyorder.runtime.openvino.graph import in_bfloat16, in_int8, join
+from anyorder.runtime.openvino.processor import has_amx
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def prepare(
     Raises:
         ValueError: if the folder cannot be written to or is not this user's own, or the model cannot be exported.
     """
+    if weights == "bfloat16" and not has_amx():
+        raise ValueError("weights='bfloat16' are slower than float32 on this processor, which has no AMX: take int8")
     folder = cache.place_of(model, weights)
     if not anew and cache.find(folder):
         return folder

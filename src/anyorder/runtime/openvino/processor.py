@@ -19,7 +19,11 @@ _ALWAYS = {
 }
 _OF_WEIGHTS: dict[str, dict[str, Any]] = {
     "float32": {},
-    "bfloat16": {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16", "EXECUTION_MODE_HINT": "PERFORMANCE"},
+    "bfloat16": {
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "KV_CACHE_PRECISION": "bf16",
+        "EXECUTION_MODE_HINT": "PERFORMANCE",
+    },
     # Activations in 8 bits by 32, too: half the time for 0.01 nats.
     "int8": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32, "EXECUTION_MODE_HINT": "PERFORMANCE"},
 }

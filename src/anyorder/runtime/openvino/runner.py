@@ -165,9 +165,7 @@ def _sizes_of_keys_and_values(graph: ov.Model) -> list[tuple[tuple[int, int], tu
     found = []
     for layer in range(sum(name.startswith("key.") for name in shapes)):
         key, value = (shapes[f"{name}.{layer}"] for name in ("key", "value"))
-        found.append(
-            ((key[1].get_length(), key[3].get_length()), (value[1].get_length(), value[3].get_length()))
-        )
+        found.append(((key[1].get_length(), key[3].get_length()), (value[1].get_length(), value[3].get_length())))
     return found
 
 
