@@ -1,5 +1,5 @@
-"""The command line: `anyorder convert | adapt | fit-lengths | prepare | generate | infill | score | eval | bench | show |
-plot`.
+"""The command line: `anyorder convert | adapt | fit-lengths | prepare | generate | infill | score | eval | bench |
+show | plot`.
 
 Texts come from arguments, from `--file` or from standard input. Results go to standard output, everything else to
 standard error. An error is one line and exit code 2; `--debug` shows the traceback.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,8 @@ def prepare(
     folder = cache.place_of(model, weights)
     if not anew and cache.find(folder):
         return folder
+    if anew:
+        shutil.rmtree(folder, ignore_errors=True)
     logger.info("preparing the model for OpenVINO once, to %s", folder)
 
     def fill(part: Path) -> None:
