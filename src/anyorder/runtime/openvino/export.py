@@ -157,7 +157,7 @@ def exported_rows(model: AnyOrderPreTrainedModel) -> ov.Model:
 
 def exported_head(model: AnyOrderPreTrainedModel) -> ov.Model:
     """The head of a model in float32: (N, E) hidden states -> (N, V) logits."""
-    size = model.get_output_embeddings().weight.shape[1]
+    size = cast(Tensor, model.get_output_embeddings().weight).shape[1]
     graph = _converted(_Head(model), (torch.zeros(2, size),), ({0: torch.export.Dim.DYNAMIC},))
     graph.get_parameters()[0].set_partial_shape(ov.PartialShape([-1, size]))
     graph.validate_nodes_and_infer_types()
