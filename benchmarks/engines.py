@@ -89,7 +89,7 @@ def _rows(first: int, count: int, content: int, is_open: bool) -> Rows:
     every = torch.ones(1, count, dtype=torch.bool)
     reach = (where + 1).clamp(max=first + content)
     gates = every if is_open else ~every
-    return Rows(where + 100, every, where, lo=where * 0, hi=reach, gates=gates, ranks=ranks)
+    return Rows(torch.full_like(where, 5), every, where, lo=where * 0, hi=reach, gates=gates, ranks=ranks)
 
 
 def _processor() -> str:
