@@ -36,6 +36,12 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_prepared(_session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user has prepared for a fast engine does not serve tests: steps are PyTorch's unless a test says so."""
+    monkeypatch.setattr("anyorder.runtime.openvino.cache.cache_directory", lambda: _session_cache)
+
+
 @pytest.fixture
 def code_cache(_session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Compiled code goes here and not into the user's cache."""

@@ -11,7 +11,7 @@ import pytest
 from anyorder.cli import build_parser, main
 from command_line import run
 
-COMMANDS = ("convert", "adapt", "fit-lengths", "generate", "infill", "score", "bench", "show", "plot")
+COMMANDS = ("convert", "adapt", "fit-lengths", "prepare", "generate", "infill", "score", "bench", "show", "plot")
 
 
 def test_no_command_prints_the_help(capsys):

@@ -37,6 +37,7 @@ MODEL = {"--model", "--int8"} | DEVICE
 TEXTS = {"--file", "--lines"}
 ORDER = {"--group-size", "--order", "--seed"}
 SAMPLING = {"--sample", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--compile"}
+SAMPLING |= {"--engine", "--weights"}
 WATCHING = {"--watch", "--trace"}
 OPTIONS = {
     "adapt": COMMON
@@ -95,6 +96,7 @@ OPTIONS = {
     | {"--single-line", "--no-single-line"}
     | WATCHING,
     "plot": COMMON,
+    "prepare": COMMON | DEVICE | {"--engine", "--weights", "--overwrite"},
     "score": COMMON | MODEL | TEXTS | ORDER | {"--blank", "--chat"},
     "serve": COMMON
     | MODEL

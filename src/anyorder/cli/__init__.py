@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from anyorder import __version__
-from anyorder.cli import adapt, bench, convert, eval, fit_lengths, generate, infill, plot, score, serve, show
+from anyorder.cli import adapt, bench, convert, eval, fit_lengths, generate, infill, plot, prepare, score, serve, show
 
-_COMMANDS = (convert, adapt, fit_lengths, generate, infill, score, eval, bench, serve, show, plot)
+_COMMANDS = (convert, adapt, fit_lengths, prepare, generate, infill, score, eval, bench, serve, show, plot)
 """Modules with `add(subparsers)`: one a command, in the order of the help page."""
 
 

@@ -104,6 +104,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, metavar="R")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--compile", action="store_true", help="compiled code: minutes the first time, faster for good")
+    add_engine(parser)
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """What runs steps."""
+    parser.add_argument(
+        "--engine", default="auto", metavar="NAME",
+        help="auto, eager, openvino or cuda_graphs; default: auto, which is openvino once the model is prepared for it",
+    )  # fmt: skip
+    parser.add_argument("--weights", metavar="DTYPE", help="of openvino: int8, bfloat16 or float32; default: int8")
 
 
 def drawing_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +136,20 @@ def sampling_options(options: argparse.Namespace, number: int) -> dict[str, Any]
     import torch
 
     generator = torch.Generator().manual_seed(options.seed + number)
-    return {**drawing_of(options), "generator": generator, "compile": options.compile}
+    return {**drawing_of(options), "generator": generator, "compile": options.compile, **engine_of(options)}
+
+
+def engine_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What runs steps, as options of `generate`.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+    if options.engine != "auto" or options.weights is not None:
+        from anyorder.runtime.engines import check_engine
+
+        check_engine(options.engine, options.weights)
+    return {"engine": options.engine, "weights": options.weights}
 
 
 # ---------------------------------------------------------------------- chat

@@ -146,6 +146,8 @@ def stream(
             is never an end.
         compile: run steps as compiled code; the first of each shape takes minutes, once a machine (see `compiled`).
         runner: a `runtime.runner.ModelRunner` of this model, which executes the forwards; default: eager PyTorch.
+        engine, weights: what runs steps: "eager" PyTorch, "openvino" with weights in int8, bfloat16 or float32, or
+            "cuda_graphs"; default "auto" (see `runtime.engines`).
         use_cache and others of transformers' names that change no result there: no effect (`conventions`).
 
     With prompts, T of allowed_tokens, blank_constraints and forced_ids is the longest prompt and the new tokens,

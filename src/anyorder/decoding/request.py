@@ -38,7 +38,8 @@ from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.compatibility import context_length
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.compiled import compiled_runner
-from anyorder.runtime.runner import EagerRunner, ModelRunner
+from anyorder.runtime.engines import check_engine, runner_for
+from anyorder.runtime.runner import ModelRunner
 
 DEFAULT_NEW_TOKENS = 20
 
@@ -74,8 +75,15 @@ class Options:
     forced_ids: Tensor | None = None
     compile: bool = False
     runner: ModelRunner | None = None
+    engine: str = "auto"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
+        check_engine(self.engine, self.weights)
+        if self.runner is not None and (self.compile or self.engine != "auto" or self.weights is not None):
+            raise ValueError("runner, compile and engine all say what runs steps: give one of them")
+        if self.compile and self.engine != "auto":
+            raise ValueError(f"compile=True and engine={self.engine!r} both say what runs steps: give one of them")
         for name, least in (
             ("max_new_tokens", 0), ("max_length", 1), ("min_new_tokens", 0), ("min_length", 0),
             ("num_return_sequences", 1), ("seed", 0),
@@ -221,8 +229,10 @@ def start(
     processors = _processors(options, factorization, policy)
     drawer = Drawer(sampler, must_match, forced, processors, records)
     rule = _end_rule(options, factorization, policy, model.vocabulary_size)
-    runner = options.runner or (compiled_runner(model) if options.compile else EagerRunner(model))
-    if options.compile or model.recipe != "exact":  # the first forward is made for a whole prompt; keys read all given
+    runner = options.runner
+    if runner is None:
+        runner = compiled_runner(model) if options.compile else runner_for(model, options.engine, options.weights)
+    if not runner.takes_over or model.recipe != "exact":  # elsewhere keys of what is given have read all of it
         encoded = None
     run = Run(runner, request.ids, factorization, drawer, numbers, rule, encoded)
     return run, run.steps_of(policy.scheduler(run))

@@ -28,7 +28,7 @@ from anyorder.scoring import log_likelihood
 Accept = Literal["gibbs", "metropolis"]
 _OF_GENERATE_ALONE = ("num_return_sequences", "return_dict_in_generate", "seed")
 """Options of `generate` that would give something else than one revised row a row, or other random numbers."""
-_NOT_OF_THE_DISTRIBUTION = ("compile", "pad_token_id", "watch")
+_NOT_OF_THE_DISTRIBUTION = ("compile", "engine", "weights", "pad_token_id", "watch")
 """Options that leave alone what the proposal of "metropolis" is drawn from."""
 
 

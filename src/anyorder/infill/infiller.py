@@ -39,7 +39,7 @@ from anyorder.modeling import AnyOrderForCausalLM
 
 MANY = 4
 """Blanks from which on short ones are drafted."""
-_PASSED_ON = ("do_sample", *DRAWING, "repetition_penalty", "compile", "runner")
+_PASSED_ON = ("do_sample", *DRAWING, "repetition_penalty", "compile", "engine", "weights", "runner")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Infiller:
                 the others.
             do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `generate`; a generator implies
                 do_sample, unless it is False.
-            compile, runner: as in `generate`.
+            compile, engine, weights, runner: as in `generate`.
 
         Raises:
             ValueError: no blank, a length that does not fit, an unknown option, a text longer than the context.

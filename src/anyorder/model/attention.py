@@ -75,7 +75,7 @@ class Reads:
         self.calls: list[tuple[int, int | None]] = []  # (layer, sliding window), in the order they came
         self._rows, self._key_positions, self._device, self._store = rows, key_positions, device, store
         self._ranks = rows.ranks.to(device) if store is not None else rows.ranks
-        self._start = _common_start(rows.ranks, store.capacity) if store is not None else None
+        self._start = common_start(rows.ranks, store.capacity) if store is not None else None
         self._spans: dict[int, list[tuple[slice, slice]]] = {}
         self._kept: dict[tuple[int | None, int, torch.dtype], list[Block]] = {}
         self._block_masks: dict[int | None, Any] = {}
@@ -385,7 +385,8 @@ def _layer_index(module: nn.Module) -> int:
     return int(index)
 
 
-def _common_start(ranks: Tensor, capacity: int) -> int | None:
+def common_start(ranks: Tensor, capacity: int) -> int | None:
+    """The first rank, if every row of the batch stores the same (B, C) ranks one after the other; else None."""
     if ranks.shape[1] == 0:
         return 0
     start = int(ranks[0, 0])

@@ -176,9 +176,17 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
             seeded: (B, R) bool, False where a row starts from w; None: nowhere.
             reads: an `attention.Reads`, or what stands in for it.
         """
+        return self.decode_from(self.embed_rows(seed_ids, seeded), positions, reads)
+
+    def embed_rows(self, seed_ids: Tensor, seeded: Tensor | None) -> Tensor:
+        """(B, R, E) what rows start from: see `decode`."""
         embeds: Tensor = self.get_input_embeddings()(seed_ids)
-        if seeded is not None:
-            embeds = torch.where(seeded[..., None], embeds, self.query_embedding.to(embeds.dtype))
+        if seeded is None:
+            return embeds
+        return torch.where(seeded[..., None], embeds, self.query_embedding.to(embeds.dtype))
+
+    def decode_from(self, embeds: Tensor, positions: Tensor, reads: Any) -> Tensor:
+        """`decode` of rows that are embedded."""
         output = self.decoder(
             inputs_embeds=embeds,
             position_ids=positions,

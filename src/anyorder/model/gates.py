@@ -118,23 +118,32 @@ def gated_linear() -> type[nn.Module]:
             gate = _traced.gate if torch.compiler.is_compiling() else _gate.get()
             if gate is None or self.disable_adapters:
                 return result
+            self._check_rows(x.numel() // x.shape[-1], gate.of)
             rows = gate.rows
-            flat, opened = result.flatten(0, -2), x.flatten(0, -2)
-            if len(flat) != gate.of:
-                raise ValueError(
-                    f"a gated adapter stands on a layer of {tuple(self.base_layer.weight.shape)} weights that sees "
-                    f"{len(flat)} of the forward's {gate.of} rows: leave it out of target_modules"
-                )
             if isinstance(rows, Tensor) and rows.is_floating_point():
-                for name in self.active_adapters:
-                    inner = nn.functional.linear(opened, self.lora_A[name].weight.to(opened.dtype))
-                    update = nn.functional.linear(inner, self.lora_B[name].weight.to(opened.dtype))
-                    flat = flat + update * (rows * self.scaling[name])
-                return flat.view(result.shape)
+                return self._add_traced(result, rows, x)
+            flat, opened = result.flatten(0, -2), x.flatten(0, -2)
             opened = opened[rows] if isinstance(rows, slice) else opened.index_select(0, rows)
             for name in self.active_adapters:
                 flat = self._add(flat, rows, opened, name)
             return flat.view(result.shape)
+
+        def _check_rows(self, found: int, expected: int) -> None:
+            if found != expected:
+                raise ValueError(
+                    f"a gated adapter stands on a layer of {tuple(self.base_layer.weight.shape)} weights that sees "
+                    f"{found} of the forward's {expected} rows: leave it out of target_modules"
+                )
+
+        def _add_traced(self, result: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+            """With the update of every row times its gate: nothing depends on which rows are open but numbers. The
+            layer's input goes to products alone, so that engines can join those of several layers."""
+            gate = rows.view(*x.shape[:-1], 1)
+            for name in self.active_adapters:
+                inner = nn.functional.linear(x, self.lora_A[name].weight.to(x.dtype))
+                inner = inner * (gate * self.scaling[name])
+                result = result + nn.functional.linear(inner, self.lora_B[name].weight.to(x.dtype))
+            return result
 
         def _add(self, flat: Tensor, rows: Tensor | slice, opened: Tensor, name: str) -> Tensor:
             """(N, out) with the update of (n, in) open rows; in place where no gradient flows: a step of decoding is

@@ -34,10 +34,12 @@ class ModelRunner(ABC):
     Attributes:
         model: whose forwards they are.
         keeps_batch: whether every forward of a run must have the batch size of the first.
+        takes_over: whether a run may begin with keys and values that PyTorch has made elsewhere.
     """
 
     model: AnyOrderPreTrainedModel
     keeps_batch: bool = False
+    takes_over: bool = False
 
     @functools.cached_property
     def _of_codes(self) -> dict[MemberNetwork, tuple[Tensor, Tensor] | None]:
@@ -116,6 +118,8 @@ class ModelRunner(ABC):
 
 class EagerRunner(ModelRunner):
     """The model's own forward; it reads the weights as they are, so it never grows stale."""
+
+    takes_over = True
 
     def __init__(self, model: AnyOrderPreTrainedModel):
         self.model = model

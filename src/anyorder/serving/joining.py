@@ -191,7 +191,7 @@ class JoinedRunner(ModelRunner):
         check: raises if the request is no longer wanted; asked before every forward.
     """
 
-    keeps_batch = True
+    keeps_batch = takes_over = True
 
     def __init__(self, joiner: Joiner, slot: int, prefixes: Prefixes, check: Callable[[], None]):
         self.model = joiner.runner.model

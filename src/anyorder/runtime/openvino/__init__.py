@@ -1,0 +1,1 @@
+"""Steps through OpenVINO: exported once a model, with every size dynamic, and kept on disk as data."""

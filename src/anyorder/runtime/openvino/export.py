@@ -1,0 +1,201 @@
+"""A model's forward of rows, and its head, as OpenVINO's graphs.
+
+Traced once by torch.export with all sizes dynamic: batch, rows, content rows among them, and what is stored. Keys and
+values of earlier forwards come in, those of this one's content rows go out; where they are kept is the caller's
+business. Adapters act on every row times its gate.
+
+Shapes: B batch, R rows of a forward (C content rows first), K stored ranks, S = K + C slots that rows may read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import openvino as ov
+import torch
+from torch import Tensor, nn
+
+from anyorder.core.layout import Rows
+from anyorder.model.attention import Block, additive, for_heads
+from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.model.kv_cache import KeyValueStore
+from anyorder.model.lm_head import head_of
+
+INPUTS = ("embeds", "positions", "lo", "hi", "gates", "ranks", "slots", "slot_positions")
+"""Names of what goes in, besides `key.0`, `value.0`, `key.1`, ...; those that a model has no use for are not there."""
+
+
+class SlotReads:
+    """What `attention.Reads` is to eager forwards, for traced ones.
+
+    Args:
+        lo, hi, positions: (B, R) int64, of the rows.
+        gates: (B, R) bool.
+        content_count: C.
+        slots: (B, S) int64, the rank of the token in each slot; -1 where there is none to read.
+        slot_positions: (B, S) int64, their positions.
+        past: (B, heads, K, head_dim) keys and values of each layer, by turns.
+
+    Attributes:
+        new: keys and values of the content rows, (B, heads, C, head_dim), likewise.
+    """
+
+    implementation = "sdpa"
+
+    def __init__(
+        self,
+        lo: Tensor,
+        hi: Tensor,
+        positions: Tensor,
+        gates: Tensor,
+        content_count: int,
+        slots: Tensor,
+        slot_positions: Tensor,
+        past: list[Tensor],
+    ):
+        self.calls: list[tuple[int, int | None]] = []
+        self.row_count = gates.numel()
+        self.open_rows = gates.reshape(-1, 1).to(torch.float32)
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self._lo, self._hi, self._positions, self._content_count = lo, hi, positions, content_count
+        self._slots, self._slot_positions, self._past = slots, slot_positions, past
+        self._masks: dict[tuple[int | None, int, torch.dtype], list[Block]] = {}
+
+    def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All slots; where a window bounds what rows read, with one more that holds zeros: see `plan`."""
+        self.new[layer] = key[:, :, : self._content_count], value[:, :, : self._content_count]
+        _, window = self.calls[-1]
+        found = []
+        for past, new in zip(self._past[2 * layer : 2 * layer + 2], self.new[layer], strict=True):
+            nothing = [] if window is None else [torch.zeros_like(key[:, :, :1, : new.shape[-1]])]
+            found.append(torch.cat([past, new, *nothing], dim=2))
+        return found[0], found[1]
+
+    def stacks_heads(self, repeats: int) -> bool:
+        """Always: keys are then read once for all heads that share them."""
+        return True
+
+    def plan(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Block]:
+        """All rows in one block, with its mask. A row whose window holds no key in its interval reads the zeros."""
+        kept = (window, repeats, dtype)
+        if kept not in self._masks:
+            slots, there = self._slots[:, None], self._slot_positions
+            read = (slots >= self._lo[:, :, None]) & (slots < self._hi[:, :, None])
+            if window is not None:
+                read = read & ((self._positions[:, :, None] - there[:, None]).abs() < window)
+                read = torch.cat([read, ~read.any(dim=2, keepdim=True)], dim=2)
+            mask = for_heads(read, repeats)
+            mask = mask if dtype == torch.bool else additive(mask, dtype)
+            self._masks[kept] = [(slice(0, read.shape[1]), slice(0, read.shape[2]), mask)]
+        return self._masks[kept]
+
+
+class _Forward(nn.Module):
+    """Rows of a decoder. Its model is no submodule: exporting takes time by the parameter, used or not."""
+
+    def __init__(self, model: AnyOrderPreTrainedModel):
+        super().__init__()
+        self.decoder, self._model = model.decoder, (model,)
+
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        lo: Tensor,
+        hi: Tensor,
+        gates: Tensor,
+        ranks: Tensor,
+        slots: Tensor,
+        slot_positions: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        reads = SlotReads(lo, hi, positions, gates, ranks.shape[1], slots, slot_positions, past)
+        (model,) = self._model
+        hidden = model.decode_from(embeds, positions, reads)
+        return hidden, *(part for layer in sorted(reads.new) for part in reads.new[layer])
+
+
+class _Head(nn.Module):
+    def __init__(self, model: AnyOrderPreTrainedModel):
+        super().__init__()
+        self.head = model.get_output_embeddings()
+        self._logits = head_of(model.causal_lm)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self._logits(hidden)
+
+
+def exported_rows(model: AnyOrderPreTrainedModel) -> ov.Model:
+    """The forward of rows of a model in float32."""
+    shapes = _shapes_of_keys_and_values(model)
+    embedding = cast(Tensor, model.get_input_embeddings().weight).shape[1]
+    B, R, C, K = 2, 5, 3, 7  # any sizes but 0 and 1, and no two alike
+    rows = torch.zeros(B, R, dtype=torch.int64)
+    slots = torch.arange(K + C).repeat(B, 1)
+    past = [torch.zeros(B, heads, K, size) for pair in shapes for heads, size in pair]
+    gates = torch.ones(B, R, dtype=torch.bool)
+    embeds = torch.zeros(B, R, embedding)
+    # Every input a tensor of its own: of one that comes twice tracing sees one use.
+    inputs = (embeds, rows, rows.clone(), rows + 1, gates, slots[:, K:].clone(), slots, slots.clone(), past)
+    free = torch.export.Dim.DYNAMIC
+    dynamic = (*({0: free, 1: free} for _ in INPUTS), [{0: free, 2: free} for _ in past])
+    graph = _converted(_Forward(model), inputs, dynamic)
+    sizes = {"embeds": [-1, -1, embedding]} | {name: [-1, -1] for name in INPUTS[1:]}
+    for layer, pair in enumerate(shapes):
+        for name, (heads, size) in zip(("key", "value"), pair, strict=True):
+            sizes[f"{name}.{layer}"] = [-1, heads, -1, size]
+    for parameter, (name, shape) in zip(graph.get_parameters(), sizes.items(), strict=True):
+        parameter.set_partial_shape(ov.PartialShape(shape))
+        parameter.set_friendly_name(name)
+        parameter.output(0).set_names({name})
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def exported_head(model: AnyOrderPreTrainedModel) -> ov.Model:
+    """The head of a model in float32: (N, E) hidden states -> (N, V) logits."""
+    size = cast(Tensor, model.get_output_embeddings().weight).shape[1]
+    graph = _converted(_Head(model), (torch.zeros(2, size),), ({0: torch.export.Dim.DYNAMIC},))
+    graph.get_parameters()[0].set_partial_shape(ov.PartialShape([-1, size]))
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _converted(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ov.Model:
+    with torch.inference_mode(False), torch.no_grad():
+        exported = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+        return ov.convert_model(exported)
+
+
+@contextmanager
+def in_float32(model: AnyOrderPreTrainedModel) -> Iterator[AnyOrderPreTrainedModel]:
+    """The model in evaluation mode on the CPU with all weights in float32: itself if they are, else a copy."""
+    tensors = [*model.parameters(), *model.buffers()]
+    is_plain = all(type(t.data) is Tensor and t.dtype in (torch.float32, torch.int64, torch.bool) for t in tensors)
+    if is_plain and not model.training:
+        yield model
+        return
+    twin = copy.deepcopy(model).eval()
+    made: dict[int, nn.Parameter] = {}  # tied ones stay tied
+    for module in twin.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                whole = parameter.dequantize() if hasattr(parameter, "__tensor_flatten__") else parameter.detach()
+                made[id(parameter)] = nn.Parameter(whole.float().cpu(), requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+    yield twin.float()
+
+
+def _shapes_of_keys_and_values(model: AnyOrderPreTrainedModel) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Of each layer: heads and size of a head, of its keys and of its values, as a forward of one row has them."""
+    one, store = torch.zeros(1, 1, dtype=torch.int64), KeyValueStore(1)
+    rows = Rows(one, one == 0, one, lo=one, hi=one + 1, gates=one > 0, ranks=one)
+    with torch.no_grad():
+        model.hidden_rows(rows, one, store)
+    return [
+        ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
+        for key, value in zip(*store.buffers, strict=True)
+    ]

@@ -1,0 +1,191 @@
+"""Decoding steps through OpenVINO.
+
+Prompts and steps alike: every size of the graph is dynamic. Keys and values stay in the run's store, whose buffers the
+graph reads where they lie. Steps whose gates are all closed take a graph without adapters.
+
+Shapes: B batch, R rows of a forward (C content rows first), K stored ranks, N predictions, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import openvino as ov
+import torch
+from torch import Tensor
+
+from anyorder.core.layout import Rows
+from anyorder.model import adapters
+from anyorder.model.attention import common_start
+from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.model.kv_cache import KeyValueStore
+from anyorder.runtime.openvino.graph import closed
+from anyorder.runtime.openvino.processor import properties
+from anyorder.runtime.runner import ModelRunner, weights_of
+
+RANKS = 64
+"""The store's ranks, the spare one included, are a multiple of it, and so is what is read of them: sizes that change
+with every step would have kernels made anew."""
+
+
+@dataclass
+class _Requests:
+    """What executes the forwards over one store: of graphs with adapters and without, by whether gates are open."""
+
+    made: dict[bool, Any] = field(default_factory=dict)
+    bound: dict[bool, tuple[int, ...]] = field(default_factory=dict)
+    """Where the keys and values lie that a request reads, and how many ranks of them."""
+    held: dict[bool, list[Tensor]] = field(default_factory=dict)
+    """What those keys and values lie in: OpenVINO does not keep it."""
+
+
+class OpenVINORunner(ModelRunner):
+    """Runs forwards of rows, and the head, as OpenVINO's graphs of a model as it is now.
+
+    Args:
+        model: on the CPU; its weights must not change.
+        folder: what `cache` has of it.
+        weights: of `graph.WEIGHTS`, those in the folder.
+    """
+
+    def __init__(self, model: AnyOrderPreTrainedModel, folder: Path, weights: str):
+        self.model, self.weights = model, weights
+        self._made_of = weights_of(model)
+        self._adapted = adapters.first_layer(model)
+        self._is_gated = (model.config.adapter or {}).get("kind") == "gated"
+        self._made_with_adapters = self.adapters_are_on
+        self._properties = properties(weights)
+        self._core = ov.Core()
+        self._whole = self._core.read_model(folder / "rows.xml")  # reads weights when they are needed
+        self._graphs: dict[bool, Any] = {}
+        self._sizes = _sizes_of_keys_and_values(self._whole)
+        self._head = self._compiled(self._core.read_model(folder / "head.xml"))
+        self._requests: WeakKeyDictionary[KeyValueStore, _Requests] = WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of the model begins without."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    @property
+    def adapters_are_on(self) -> bool:
+        return self._adapted is not None and not self._adapted.disable_adapters
+
+    def capacity(self, columns: int) -> int:
+        return -(-(columns + 1) // RANKS) * RANKS - 1
+
+    def check(self) -> None:
+        if weights_of(self.model) != self._made_of:
+            raise ValueError("the model's weights have changed since it was prepared for OpenVINO: prepare it anew")
+        if not self._is_gated and self.adapters_are_on != self._made_with_adapters:
+            state = "off" if self._made_with_adapters else "on"
+            raise ValueError(f"the model's adapters were turned {state} since it was prepared for OpenVINO")
+
+    def hidden(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
+        device = self.model.query_embedding.device
+        seeded = None if bool(rows.seeded.all()) else rows.seeded.to(device)
+        with torch.no_grad():
+            embeds = self.model.embed_rows(rows.seed_ids.to(device), seeded)
+        is_open = self._is_gated and self.adapters_are_on and bool(rows.gates.any())
+        request, count = self._request(store, is_open, int(rows.hi.max()), len(rows.lo))
+        slots = _slots(rows, store, count)
+        positions = key_positions.gather(1, slots.clamp(0, key_positions.shape[1] - 1))
+        inputs = {
+            "embeds": embeds.float(), "positions": rows.positions, "lo": rows.lo, "hi": rows.hi, "gates": rows.gates,
+            "ranks": rows.ranks, "slots": slots, "slot_positions": positions,
+        }  # fmt: skip
+        inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        for name, tensor in inputs.items():
+            request.set_tensor(name, _shared(tensor))
+        request.infer()
+        hidden, *new = (torch.from_numpy(output.data) for output in request.output_tensors)
+        start = common_start(rows.ranks, store.capacity)
+        for layer in range(len(new) // 2):
+            store.append(layer, new[2 * layer], new[2 * layer + 1], rows.ranks, start)
+        return hidden.clone()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = torch.empty(len(hidden), self.model.vocabulary_size)
+        if not len(hidden):
+            return logits
+        request = self._head.create_infer_request()
+        hidden = hidden.float().contiguous()
+        request.set_input_tensor(_shared(hidden))
+        request.set_output_tensor(_shared(logits))
+        request.infer()
+        return logits
+
+    def _request(self, store: KeyValueStore, is_open: bool, read: int, batch: int) -> tuple[Any, int]:
+        """What executes a forward, with stored keys and values for its input, and how many ranks of them.
+
+        Args:
+            store: of the run.
+            is_open: whether the gate of any row is open.
+            read: one past the highest rank that any row reads.
+            batch: B.
+        """
+        requests = self._requests.setdefault(store, _Requests())
+        if is_open not in requests.made:
+            requests.made[is_open] = self._graph(is_open).create_infer_request()
+        request = requests.made[is_open]
+        buffers = [part for pair in zip(*store.buffers, strict=True) for part in pair]
+        count = _count(read, store.capacity) if buffers else 0
+        bound = (batch, count, *(buffer.data_ptr() for buffer in buffers[:1]))
+        if requests.bound.get(is_open) == bound and (not buffers or count > store.capacity):
+            return request, count
+        if buffers:
+            parts = [buffer[:, :, :count].contiguous() for buffer in buffers]
+        else:
+            parts = [torch.zeros(batch, heads, 0, size) for pair in self._sizes for heads, size in pair]
+        requests.held[is_open] = parts
+        names = [name for layer in range(len(self._sizes)) for name in (f"key.{layer}", f"value.{layer}")]
+        for name, part in zip(names, parts, strict=True):
+            request.set_tensor(name, _shared(part))
+        requests.bound[is_open] = bound
+        return request, count
+
+    def _graph(self, is_open: bool) -> Any:
+        """The compiled forward of rows, with adapters or without; made when first needed."""
+        if is_open not in self._graphs:
+            without = self._is_gated and not is_open
+            self._graphs[is_open] = self._compiled(closed(self._whole) if without else self._whole)
+        return self._graphs[is_open]
+
+    def _compiled(self, graph: ov.Model) -> Any:
+        return self._core.compile_model(graph, "CPU", self._properties)
+
+
+def _sizes_of_keys_and_values(graph: ov.Model) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Of each layer: heads and size of a head, of its keys and of its values."""
+    shapes = {parameter.get_friendly_name(): parameter.partial_shape for parameter in graph.get_parameters()}
+    found = []
+    for layer in range(sum(name.startswith("key.") for name in shapes)):
+        key, value = (shapes[f"{name}.{layer}"] for name in ("key", "value"))
+        found.append(((key[1].get_length(), key[3].get_length()), (value[1].get_length(), value[3].get_length())))
+    return found
+
+
+def _count(read: int, capacity: int) -> int:
+    """Stored ranks that a graph gets: all, which is no copy, unless what is read is less than half of them."""
+    needed = RANKS
+    while needed < read:
+        needed *= 2
+    return capacity + 1 if 2 * needed > capacity + 1 else needed
+
+
+def _slots(rows: Rows, store: KeyValueStore, count: int) -> Tensor:
+    """(B, count + C) the rank of the token in each slot, stored ones first; -1 where this forward stores another."""
+    B = len(rows.lo)
+    written = torch.zeros(B, store.capacity + 1, dtype=torch.bool).scatter_(1, rows.ranks, True)[:, :count]
+    stored = torch.arange(count).expand(B, count).masked_fill(written, -1)
+    return torch.cat([stored, rows.ranks], dim=1)
+
+
+def _shared(tensor: Tensor) -> ov.Tensor:
+    """The memory of a contiguous tensor, which must live as long."""
+    assert tensor.is_contiguous()
+    return ov.Tensor(tensor.detach().numpy(), shared_memory=True)

@@ -1,0 +1,247 @@
+"""OpenVINO: hidden states and logits are the eager ones, cached = parallel; prepared once, kept whole."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+
+from anyorder import AnyOrderForCausalLM, Factorization, policies
+from anyorder.core.layout import lay_out
+from anyorder.model.kv_cache import KeyValueStore
+from anyorder.runtime import engines
+from anyorder.runtime.runner import EagerRunner
+from architectures import ARCHITECTURES, VOCABULARY, converted, couple, gated
+from decoding_runs import generator, run
+
+pytest.importorskip("openvino", reason="needs anyorder[openvino]")
+
+from anyorder.runtime.openvino import cache, prepare, processor
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what exporting imports
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+QUICK = ("gated", "gemma2")
+EXPORTED = [name for name in ARCHITECTURES if name != "qwen3_moe"]
+NEAR = {"atol": 2e-4, "rtol": 0}
+
+T = 14
+IDS = torch.randint(3, VOCABULARY, (2, T), generator=generator(0))
+ORDER = Factorization.stack(
+    [Factorization.random(T, 1, given=4, generator=generator(1)), Factorization.left_to_right(11, 3, given=3)]
+)
+
+
+def slow_but(names):
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    return tmp_path_factory.mktemp("openvino")
+
+
+@pytest.fixture(autouse=True)
+def prepared(folders, monkeypatch):
+    """Prepared once a session; the cache of the user is left alone."""
+    monkeypatch.setattr(cache, "cache_directory", lambda: folders)
+
+
+@pytest.fixture(scope="session")
+def models():
+    """Each architecture once: its runner stays with it."""
+    made: dict[str, AnyOrderForCausalLM] = {}
+
+    def model(name):
+        if name not in made:
+            made[name] = couple(gated("llama")) if name == "gated" else copy.deepcopy(converted(name))
+        return made[name]
+
+    return model
+
+
+def decoded(model, order=ORDER, ids=IDS, **options):
+    return run(model, ids, order, engine="openvino", weights="float32", **options)
+
+
+@pytest.mark.parametrize("name", slow_but(["gated", *EXPORTED]))
+def test_hidden_states_and_logits_are_the_models(models, name):
+    model = models(name)
+    runner, layout = engines.runner_for(model, "openvino", "float32"), lay_out(IDS, ORDER, "exact")
+    store = KeyValueStore(runner.capacity(T))
+    with torch.no_grad():
+        expected = model.hidden_rows(layout.rows, layout.key_positions)
+        for _ in range(2):  # on an empty store, and written over
+            torch.testing.assert_close(runner.hidden(layout.rows, layout.key_positions, store), expected, **NEAR)
+        for count in (1, 3):
+            rows = expected[0, :count]
+            torch.testing.assert_close(runner.logits(rows), model.head(rows), **NEAR)
+
+
+@pytest.mark.parametrize("name", slow_but(["gated", *EXPORTED]))
+def test_cached_equals_parallel_and_a_batch_its_rows(models, name):
+    model = models(name)
+    output = decoded(model, forced_ids=IDS)
+    torch.testing.assert_close(output.log_probs, model.log_likelihood(IDS, ORDER), **NEAR)
+    alone = decoded(model, ORDER.unstack()[0], IDS[:1], forced_ids=IDS[:1])
+    torch.testing.assert_close(alone.log_probs[0], output.log_probs[0], **NEAR)
+
+
+@pytest.mark.parametrize("policy", [policies.groupwise(3), policies.speculative(draft="query", draft_length=2)])
+def test_policies_draw_the_same(models, policy):
+    model = models("gated")
+    options = {"policy": policy, "temperature": 1.0}
+    expected = run(model, IDS, ORDER, engine="eager", generator=[generator(1), generator(2)], **options)
+    found = decoded(model, generator=[generator(1), generator(2)], **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, **NEAR)
+
+
+def test_prompts_padded_on_the_left(models):
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[1, :2] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "eos_token_id": ()}
+    model, prompts = models("gated"), IDS[:, :6]
+    expected = model.generate(prompts, engine="eager", **options)
+    assert torch.equal(model.generate(prompts, engine="openvino", weights="float32", **options), expected)
+
+
+def test_adapters_that_are_turned_off_are_noticed(models):
+    model, order = models("gated"), Factorization.left_to_right(T, 5, given=4)
+    on = decoded(model, order, IDS[:1], forced_ids=IDS[:1]).log_probs
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        off = decoded(model, order, IDS[:1], forced_ids=IDS[:1]).log_probs
+        torch.testing.assert_close(off, model.log_likelihood(IDS[:1], order), **NEAR)
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+    assert (on - off).abs().max() > 1e-3
+
+
+def test_a_runner_refuses_changed_weights(models):
+    model = models("gated")
+    runner = engines.runner_for(model, "openvino", "float32")
+    with torch.no_grad():
+        model.query_embedding[0] += 0.5
+        with pytest.raises(ValueError, match="weights have changed since it was prepared for OpenVINO"):
+            runner.check()
+        model.query_embedding[0] -= 0.5
+    assert engines.runner_for(copy.deepcopy(models("gated")), "eager").__class__ is EagerRunner
+
+
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_fewer_bits_are_nearly_the_same(models, weights):
+    if weights == "bfloat16" and not processor.has_amx():
+        pytest.skip("bfloat16 needs AMX")
+    model = models("gated")
+    found = run(model, IDS, ORDER, engine="openvino", weights=weights, forced_ids=IDS).log_probs
+    error = (found - model.log_likelihood(IDS, ORDER)).abs().max()
+    assert 0 < error < 1.0
+
+
+@pytest.mark.slow
+def test_what_cannot_be_exported_is_refused_with_the_reason(models):
+    with pytest.raises(ValueError, match="a Qwen3MoeForCausalLM cannot be exported to OpenVINO .*use engine='eager'"):
+        engines.runner_for(models("qwen3_moe"), "openvino", "float32")
+
+
+def test_bfloat16_is_refused_without_amx(models, monkeypatch):
+    monkeypatch.setattr(prepare, "has_amx", lambda: False)
+    with pytest.raises(ValueError, match="slower than float32 on this processor"):
+        prepare.prepare(models("gated"), "bfloat16")
+
+
+def test_auto_takes_what_is_prepared_and_prepares_nothing(models):
+    model = models("gated")
+    engines.runner_for(model, "openvino", "float32")
+    assert type(engines.runner_for(model, "auto", "float32")).__name__ == "OpenVINORunner"
+    assert type(engines.runner_for(copy.deepcopy(converted("llama", "paper")))) is EagerRunner
+
+
+@pytest.mark.parametrize(
+    ("engine", "weights", "message"),
+    [
+        ("openvin", None, "engine 'openvin' is not known: did you mean 'openvino'"),
+        ("openvino", "int4", "weights 'int4' is not known: did you mean 'int8'"),
+        ("eager", "int8", "weights='int8' is for engine='openvino'"),
+        ("cuda_graphs", None, "needs the model on a CUDA device; it is on 'cpu'"),
+    ],
+)
+def test_mistakes_are_named(models, engine, weights, message):
+    with pytest.raises(ValueError, match=message):
+        models("gated").generate(IDS[:, :5], engine=engine, weights=weights)
+
+
+# ---------------------------------------------------------------------- the cache, without a model
+
+
+def filled(folder):
+    for name in cache.FILES:
+        (folder / name).write_text(name)
+
+
+def test_a_folder_is_whole_and_ones_own(tmp_path, monkeypatch):
+    folder = tmp_path / "openvino" / "one"
+    assert not cache.find(folder)
+    cache.write(folder, filled)
+    assert cache.find(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (folder / "rows.bin").chmod(0o622)
+    with pytest.raises(ValueError, match="others than you can write there"):
+        cache.find(folder)
+    (folder / "rows.bin").chmod(0o600)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    folder.chmod(0o700)
+    if folder.stat().st_uid:
+        with pytest.raises(ValueError, match="others than you can write there"):
+            cache.find(folder)
+
+
+def test_a_damaged_folder_is_not_prepared_and_made_anew(tmp_path):
+    folder = tmp_path / "one"
+    cache.write(folder, filled)
+    (folder / "rows.bin").write_text("rows.bIn")
+    assert not cache.find(folder)
+    cache.write(folder, filled)
+    assert cache.find(folder)
+    (folder / "files.json").unlink()
+    assert not cache.find(folder)
+
+
+def test_what_is_not_finished_leaves_nothing(tmp_path):
+    def half(folder):
+        (folder / "rows.xml").write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(ValueError, match="no space left. Give it room, .*ANYORDER_CACHE"):
+        cache.write(tmp_path / "one", half)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_of_two_writers_stays(tmp_path):
+    folder = tmp_path / "one"
+
+    def meanwhile(part):
+        filled(part)
+        cache.write(folder, filled)
+        (folder / "mark").touch()
+
+    cache.write(folder, meanwhile)
+    assert (folder / "mark").exists()
+
+
+def test_folders_read_longest_ago_make_room(tmp_path, monkeypatch):
+    for age, name in enumerate(("one", "two", "three")):
+        cache.write(tmp_path / name, filled)
+        os.utime(tmp_path / name, (age, age))
+    size = sum(file.stat().st_size for file in (tmp_path / "one").iterdir())
+    monkeypatch.setattr(cache, "MOST_BYTES", 2 * size)
+    cache._make_room(tmp_path / "three")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["three", "two"]
