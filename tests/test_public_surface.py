@@ -100,7 +100,18 @@ OPTIONS = {
     "score": COMMON | MODEL | TEXTS | ORDER | {"--blank", "--chat"},
     "serve": COMMON
     | MODEL
-    | {"--host", "--port", "--api-keys", "--slots", "--context", "--waiting", "--timeout", "--patience"},
+    | {
+        "--engine",
+        "--weights",
+        "--host",
+        "--port",
+        "--api-keys",
+        "--slots",
+        "--context",
+        "--waiting",
+        "--timeout",
+        "--patience",
+    },
     "show": COMMON | ORDER | {"--blank", "--given", "--recipe"},
 }
 

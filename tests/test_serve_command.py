@@ -70,6 +70,8 @@ def test_a_server_told_to_stop_ends_what_it_has_taken(process):
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["--api-keys", "missing.txt"], "missing.txt"),
         (["--slots", "0"], "0"),
+        (["--engine", "openvin"], "did you mean 'openvino'?"),
+        (["--engine", "cuda_graphs"], "choose eager"),
     ],
 )
 def test_mistakes(capsys, monkeypatch, tmp_path, arguments, message):

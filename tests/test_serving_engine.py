@@ -75,6 +75,21 @@ def test_many_requests_are_what_each_is_alone(engine, architecture):
     assert served.joiner.rows > 1.5 * served.joiner.forwards  # they did share forwards
 
 
+@pytest.mark.slow
+def test_requests_share_forwards_of_another_engine(engine, tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="pip install 'anyorder[openvino]'")
+    from anyorder.runtime.engines import runner_for
+
+    monkeypatch.setattr("anyorder.runtime.openvino.cache.cache_directory", lambda: tmp_path)
+    model = coupled("llama")
+    served = engine(model, slots=4, capacity=48, runner=runner_for(model, "openvino", "float32"))
+    asked = [work(number) for number in range(8)]
+    tickets = [served.submit(lambda runner, go=go: go(model, runner)) for go in asked]
+    for go, ticket in zip(asked, tickets, strict=True):
+        assert ticket.future.result(60).sequences.tolist() == go(model).sequences.tolist()
+    assert served.joiner.rows > served.joiner.forwards  # the first of each shape take long, and others do not wait
+
+
 def test_what_texts_begin_with_is_encoded_once(engine, monkeypatch):
     model = gated("llama")
     served = engine(model, slots=1, capacity=64)

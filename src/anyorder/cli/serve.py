@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anyorder.cli.model import add_model, load_model
-from anyorder.cli.options import add_command, positive
+from anyorder.cli.options import add_command, add_engine, positive
 
 
 def add(subparsers: Any) -> None:
@@ -21,6 +21,7 @@ def add(subparsers: Any) -> None:
         "anyorder serve --model my-model --dtype bfloat16 --host 0.0.0.0 --api-keys keys.txt",
     )
     add_model(parser)
+    add_engine(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
     parser.add_argument("--port", type=_port, default=8012, metavar="N", help="default: 8012, where editors look")
     parser.add_argument(
@@ -53,14 +54,19 @@ def _run(options: argparse.Namespace) -> int:
         from anyorder.serving import server
     except ImportError as error:
         raise ValueError(f"serving needs more packages ({error.name}): pip install 'anyorder[serve]'") from error
+    from anyorder.runtime.engines import check_engine, runner_for
     from anyorder.serving.api import create_app
     from anyorder.serving.engine import Engine
     from anyorder.serving.service import Service
 
+    check_engine(options.engine, options.weights)
+    if options.engine == "cuda_graphs":
+        raise ValueError("--engine cuda_graphs: requests come and go, and graphs are of one batch; choose eager")
     keys = server.read_keys(options.api_keys)
     bound = server.listen(options.host, options.port)
     model, tokenizer = load_model(options)
-    engine = Engine(model, options.slots, options.context, options.waiting)
+    runner = runner_for(model, options.engine, options.weights)
+    engine = Engine(model, options.slots, options.context, options.waiting, runner=runner)
     app = create_app(Service(model, tokenizer, options.model), engine, keys, options.timeout)
     (address,) = server.addresses([bound])
     print(f"{options.model} at {address} (the page), {address}/v1 (OpenAI), {address}/infill (editors)", flush=True)

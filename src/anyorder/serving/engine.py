@@ -100,7 +100,8 @@ class Engine:
         self.model = model.eval()
         limit = context_length(model.causal_lm.config)
         self.capacity = capacity if limit is None else min(capacity, limit)
-        self.joiner = Joiner(runner or EagerRunner(model), Slots(slots, self.capacity))
+        runner = runner or EagerRunner(model)
+        self.joiner = Joiner(runner, Slots(slots, runner.capacity(self.capacity)), self.capacity)
         self.prefixes = Prefixes(prefix_tokens)
         self.finished = 0
         self._waiting = waiting

@@ -51,13 +51,14 @@ class Joiner:
     Args:
         runner: of the model.
         slots: of the requests.
+        capacity: tokens of a request at most.
 
     Attributes:
         forwards, rows: how many were executed, and how many requests' rows were in them.
     """
 
-    def __init__(self, runner: ModelRunner, slots: Slots):
-        self.runner, self.slots = runner, slots
+    def __init__(self, runner: ModelRunner, slots: Slots, capacity: int):
+        self.runner, self.slots, self.capacity = runner, slots, capacity
         self.forwards = self.rows = 0
         self._changed = threading.Condition()
         self._waiting: list[_Call] = []
@@ -199,10 +200,11 @@ class JoinedRunner(ModelRunner):
         self._fresh = False
 
     def capacity(self, columns: int) -> int:
-        most = self._joiner.slots.capacity
-        if columns > most:
-            raise ValueError(f"the text has {columns} tokens, new ones included; this server takes at most {most}")
-        return most
+        if columns > self._joiner.capacity:
+            raise ValueError(
+                f"the text has {columns} tokens, new ones included; this server takes at most {self._joiner.capacity}"
+            )
+        return self._joiner.slots.capacity
 
     def new_store(self, rows: int, capacity: int) -> KeyValueStore:
         assert rows == 1, "a request is one row"

@@ -33,10 +33,12 @@ class Slots:
     def __init__(self, count: int, capacity: int):
         self.count, self.capacity = count, capacity
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._parts: dict[tuple[int, int], KeyValueStore] = {}
 
     def __getitem__(self, chosen: slice) -> KeyValueStore:
-        """The store of neighbouring slots, which writes into them."""
-        return _Part(self, chosen)
+        """The store of neighbouring slots, which writes into them: the same object each time, as some runners keep what
+        they have made for a store."""
+        return self._parts.setdefault((chosen.start, chosen.stop), _Part(self, chosen))
 
 
 class _Part(KeyValueStore):
