@@ -45,7 +45,7 @@ def command(tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(TaskManager, "__init__", local)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
-    monkeypatch.setattr("lm_eval.utils.setup_logging", lambda *args: None)
+    monkeypatch.setattr("lm_eval.utils.setup_logging", lambda *args, **options: None)
 
     def run(model, pretrained, *more, model_args=(), names=TASKS):
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
