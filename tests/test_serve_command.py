@@ -58,8 +58,12 @@ def test_a_server_told_to_stop_ends_what_it_has_taken(process):
     for thread in asking:
         thread.join()
     assert process.wait(60) == 0
-    assert [answer.status_code for answer in found] == [200] * 4
-    assert len({json.dumps(answer.json()["choices"]) for answer in found}) == 1
+    assert len(found) == 4  # one that comes after the signal is told so
+    taken = [answer for answer in found if answer.status_code == 200]
+    assert taken
+    assert len({json.dumps(answer.json()["choices"]) for answer in taken}) == 1
+    for answer in found:
+        assert answer in taken or "the server is shutting down" in answer.json()["error"]["message"]
     assert '"path": "/v1/completions"' in process.stderr.read()
 
 
