@@ -164,7 +164,7 @@ def test_a_greedy_fill_is_the_likeliest_allowed_token_at_each_step(infiller):
     """What may follow is known token by token: nothing else about the distribution changes."""
     model, found = infiller.model, infiller("ab___", length=4)
     ids = torch.tensor([[infiller.start_token_id, *found.ids]])
-    automaton = FillAutomaton(infiller._tokens, Edges(False, False, False, False), single_line(infiller))
+    automaton = FillAutomaton(infiller.token_bytes, Edges(False, False, False, False), single_line(infiller))
     with torch.no_grad():
         logits = model(ids).logits[0]
     for n in range(4):
@@ -175,7 +175,7 @@ def test_a_greedy_fill_is_the_likeliest_allowed_token_at_each_step(infiller):
 
 
 def single_line(infiller: Infiller) -> torch.Tensor:
-    return infiller._tokens.is_text & ~infiller._tokens.breaks_line
+    return infiller.token_bytes.is_text & ~infiller.token_bytes.breaks_line
 
 
 def test_a_text_without_line_ends_gets_none_unless_asked(infiller):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -192,8 +193,6 @@ def test_infill(service, server):
     ("constraint", "text"), [({"choices": ["ab", "ba"]}, "ab|ba"), ({"pattern": "[ab]{3}"}, "[ab]{3}")]
 )
 def test_constrained_blanks(server, constraint, text):
-    import re
-
     found = post(server, "/v1/infill", text="c ___ c", constraints=constraint)
     assert re.fullmatch(text, found["spans"][0]["text"])
 
@@ -270,8 +269,6 @@ def test_editors(service, server):
 def test_mistakes_are_named(server, path, body, message):
     response = httpx.post(f"{server[0]}{path}", content=json.dumps(body), headers=JSON, timeout=60)
     assert response.status_code == 400, response.text
-    import re
-
     assert re.search(message, response.json()["error"]["message"] + str(response.json()["error"]["param"]))
 
 

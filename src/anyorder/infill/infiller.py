@@ -90,6 +90,10 @@ class Infiller:
         messages: a conversation, as `apply_chat_template` takes it, that every text is the assistant's answer to: its
             tokens stand in front of a text in place of the start token.
 
+    Attributes:
+        pieces, token_bytes: the tokenizer's texts, and of each token its own.
+        start_ids: the tokens that stand in front of a text.
+
     Raises:
         ValueError: if the tokenizer has no start token, or no chat template for the messages.
     """
@@ -103,11 +107,12 @@ class Infiller:
         messages: Sequence[Mapping[str, str]] | None = None,
     ):
         self.model, self.pieces = model, Pieces(tokenizer)
-        self._tokens = TokenBytes(self.pieces, model.vocabulary_size)
+        self.token_bytes = TokenBytes(self.pieces, model.vocabulary_size)
         self.start_token_id = self.pieces.start_token() if start_token_id is None else start_token_id
         start_ids = [self.start_token_id] if messages is None else chat_prefix(tokenizer, messages)
+        self.start_ids = start_ids
         self._blanks = Blanks(self.pieces, start_ids)
-        self._automata = Automata(self._tokens.of_text, model.vocabulary_size)
+        self._automata = Automata(self.token_bytes.of_text, model.vocabulary_size)
         self.seeker = Seeker(model, self._blanks, self._automata, length_prior)
 
     @overload
@@ -174,7 +179,7 @@ class Infiller:
         **sampling: Any,
     ) -> list[Infill]:
         wanted = [_for_each_blank(constraints, template.blanks) for template in templates]
-        rules = TokenRules(self._tokens, self._blanks, self._automata, special_tokens, suppress_tokens, single_line)
+        rules = TokenRules(self.token_bytes, self._blanks, self._automata, special_tokens, suppress_tokens, single_line)
         templates = [rules.settle_spaces(*one) for one in zip(templates, wanted, tried, strict=True)]
         # One set for the order and the draws; without one the order alone must not turn sampling on.
         generators = row_generators(generator, len(templates)) if generator is not None or order == "random" else None

@@ -9,7 +9,6 @@ This module knows fields, shapes and the service; routes and errors are the API'
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,12 +22,12 @@ from anyorder.infill.infiller import Infill
 from anyorder.infill.prompt import Prompt
 from anyorder.serving import editor
 from anyorder.serving.engine import Engine, Ticket
-from anyorder.serving.feeds import Growth, Placed
+from anyorder.serving.feeds import Growth, Placed, first_stop
 from anyorder.serving.fields import ChatFields, CompletionFields, EditorFields, InfillFields, ScoreFields
 from anyorder.serving.joining import JoinedRunner
 from anyorder.serving.metrics import Metrics
 from anyorder.serving.service import Piece, Put, Service
-from anyorder.serving.shapes import Chat, Completions, finite, identifier, usage
+from anyorder.serving.shapes import Chat, Completions, dumps, error_body, finite, identifier, usage
 
 ASK_AGAIN = 0.25
 """Seconds after which it is looked whether a client is still there."""
@@ -119,7 +118,7 @@ class Answers:
                     runner
                 )
                 text = filled.spans[0].text
-                cut = min((at for stop in fields.stops if (at := text.find(stop)) >= 0), default=len(text))
+                cut, _ = first_stop(text, fields.stops)
                 put(Piece(text[:cut], []))
                 return Growth(text[:cut], [], "stop", "")
 
@@ -285,10 +284,9 @@ class Answers:
         async def lines() -> AsyncIterator[str]:
             try:
                 async for part in parts:
-                    yield f"data: {json.dumps(part, allow_nan=False)}\n\n"
+                    yield f"data: {dumps(part)}\n\n"
             except Exception as raised:  # the status has been sent
-                body = {"error": {"message": str(raised), "type": "server_error", "param": None, "code": None}}
-                yield f"data: {json.dumps(body)}\n\n"
+                yield f"data: {dumps(error_body(500, str(raised)))}\n\n"
             if done:
                 yield "data: [DONE]\n\n"
 
@@ -338,4 +336,4 @@ def _prompts(prompt: str | list[Any]) -> list[Any]:
 
 
 def _json(what: dict[str, Any]) -> Response:
-    return Response(json.dumps(what, allow_nan=False), media_type="application/json")
+    return Response(dumps(what), media_type="application/json")

@@ -12,10 +12,8 @@ Errors have OpenAI's shape and name the field. This module knows HTTP; what is a
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -28,6 +26,7 @@ from anyorder.serving.gate import Gate
 from anyorder.serving.metrics import Metrics
 from anyorder.serving.page import PAGE
 from anyorder.serving.service import Service
+from anyorder.serving.shapes import dumps, error_body
 
 logger = logging.getLogger(__name__)
 
@@ -108,16 +107,9 @@ _PAGE_HEADERS = {
 }
 
 
-def dumps(what: Any) -> str:
-    """JSON in ASCII: half a character in an error's text harms nobody."""
-    return json.dumps(what, allow_nan=False)
-
-
 def error(status: int, message: str, param: str | None = None, code: str | None = None) -> Response:
     """An error in OpenAI's shape."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return Response(dumps(body), status, media_type="application/json")
+    return Response(dumps(error_body(status, message, param, code)), status, media_type="application/json")
 
 
 def _errors(app: FastAPI) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from anyorder.infill.pieces import Pieces
-from anyorder.serving.feeds import EnoughError, Growth, Placed
+from anyorder.serving.feeds import EnoughError, Growth, Placed, first_stop
 from anyorder.serving.fields import EditorFields, Sampling
 from anyorder.serving.joining import JoinedRunner
 from anyorder.serving.service import Piece, Put, Service
@@ -89,7 +89,7 @@ def work_of(service: Service, asked: EditorFields, capacity: int, put: Put) -> C
             text = "".join(one.text for one in placed)  # from left to right: what there is stands at the front
             return text, len(placed), "limit", ""
         text = filled.spans[0].text
-        cut, word = min(((text.find(stop), stop) for stop in stops if stop and stop in text), default=(len(text), ""))
+        cut, word = first_stop(text, stops)
         put(Piece(text[:cut], []))
         return text[:cut], filled.spans[0].tokens, "word" if word else "eos", word
 

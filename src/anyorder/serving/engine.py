@@ -171,7 +171,7 @@ class Engine:
                 self._queues[client] = queue  # behind the other clients
             slot = self._at_work.index(None)
             self._at_work[slot] = ticket
-            self.joiner.__enter__()  # before its thread runs: those at work wait for it
+            self.joiner.enter()  # before its thread runs: those at work wait for it
             threading.Thread(target=self._work, args=(ticket, slot), name=f"anyorder-slot-{slot}", daemon=True).start()
 
     def _work(self, ticket: Ticket[Any], slot: int) -> None:
@@ -185,7 +185,7 @@ class Engine:
             result = ticket.work(JoinedRunner(self.joiner, slot, self.prefixes, ticket.check))
         except BaseException as raised:
             error = raised
-        self.joiner.__exit__()
+        self.joiner.leave()
         with self._changed:
             self._at_work[slot] = None
             self.finished += 1

@@ -20,6 +20,11 @@ class EnoughError(Exception):
     """A text has ended: nothing more need be decoded."""
 
 
+def first_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int, str]:
+    """Where the first of some strings begins in a text, from `start` on, and which it is; its end and "" if none is."""
+    return min(((at, stop) for stop in stops if stop and (at := text.find(stop, start)) >= 0), default=(len(text), ""))
+
+
 @dataclass(frozen=True)
 class Token:
     """A token of a text that grew."""
@@ -102,11 +107,9 @@ class Settled(Watcher):
         self.growth.tokens.append(token)
         searched = max(self._sent - max(map(len, self._stops), default=0), 0)
         self._text += text
-        found = [(at, stop) for stop in self._stops if (at := self._text.find(stop, searched)) >= 0]
-        if found:
-            at, self.growth.stopped_by = min(found)
-            self._text = self._text[:at]
-        if found or is_end:
+        at, self.growth.stopped_by = first_stop(self._text, self._stops, searched)
+        self._text = self._text[:at]
+        if self.growth.stopped_by or is_end:
             self.growth.ended = "stop"
             self._send(len(self._text))
             raise EnoughError

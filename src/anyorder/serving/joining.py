@@ -66,12 +66,13 @@ class Joiner:
         self._closed = False
         self._ended = 0.0
 
-    def __enter__(self) -> None:
+    def enter(self) -> None:
         """A request begins to work."""
         with self._changed:
             self._at_work += 1
 
-    def __exit__(self, *error: object) -> None:
+    def leave(self) -> None:
+        """It works no more."""
         with self._changed:
             self._at_work -= 1
             self._changed.notify_all()

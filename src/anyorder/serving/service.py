@@ -7,7 +7,6 @@ there is on the way. This module knows texts, tokens and the model's face; no HT
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,6 @@ from anyorder.infill.chat import chat_prefix
 from anyorder.infill.infiller import Infill, Infiller
 from anyorder.infill.lengths import AUTO
 from anyorder.infill.prompt import Prompt
-from anyorder.infill.token_bytes import TokenBytes
 from anyorder.modeling import AnyOrderForCausalLM
 from anyorder.serving.feeds import Alternatives, EnoughError, Growth, Placed, Placing, Settled, Token
 from anyorder.serving.fields import Constraint, InfillFields, Message, Sampling, ScoreFields
@@ -71,9 +69,7 @@ class Service:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.infiller = Infiller(model, tokenizer)
         self.pieces = self.infiller.pieces
-        self._tokens = TokenBytes(self.pieces, model.vocabulary_size)
         self._special = set(tokenizer.all_special_ids)
-        self._infillers = threading.local()
 
     # ------------------------------------------------------------------ text that grows
 
@@ -97,8 +93,7 @@ class Service:
 
     def chat(self, messages: Sequence[Message]) -> Prompt:
         """Of a conversation that the assistant is to answer."""
-        said = [{"role": message.role, "content": message.text} for message in messages]
-        return Prompt("", chat_prefix(self.tokenizer, said), False, self.pieces)
+        return Prompt("", chat_prefix(self.tokenizer, _said(messages)), False, self.pieces)
 
     def grow(
         self, prompt: Prompt, new: int, asked: Sampling, stops: Sequence[str], best: int, number: int, put: Put
@@ -126,7 +121,7 @@ class Service:
                 if new:
                     self.model.generate(
                         torch.tensor([prompt.ids]), max_new_tokens=new, policy=policy, runner=runner, watch=watch,
-                        allowed_tokens=prompt.allowed_tokens(self._tokens, new),
+                        allowed_tokens=prompt.allowed_tokens(self.infiller.token_bytes, new),
                         logits_processor=[Alternatives(best, found)] if best else None, **drawing,
                     )  # fmt: skip
             except EnoughError:
@@ -164,13 +159,13 @@ class Service:
         blanks = asked.text.count(asked.blank)
         if blanks > MOST_BLANKS:
             raise ValueError(f"the text has {blanks} blanks: at most {MOST_BLANKS} are filled at once")
-        messages = None if asked.messages is None else [{"role": m.role, "content": m.text} for m in asked.messages]
+        messages = None if asked.messages is None else _said(asked.messages)
         infiller = self.infiller if messages is None else Infiller(self.model, self.tokenizer, messages=messages)
         length = _lengths(asked.length)
         constraints = _constraints(asked.constraints)
 
         def work(runner: JoinedRunner) -> tuple[Infill, list[Placed]]:
-            watch = Placing(self._text_of, len(infiller._blanks.start_ids), put)
+            watch = Placing(self._text_of, len(infiller.start_ids), put)
             filled = infiller(
                 asked.text, blank=asked.blank, length=length, constraints=constraints, order=asked.order,
                 group_size=1 if policy else asked.group_size, policy=policy, single_line=asked.single_line,
@@ -254,6 +249,11 @@ def drawing_of(asked: Sampling, number: int) -> dict[str, Any]:
                "top_p": None if asked.top_p == 1 else asked.top_p, "min_p": asked.min_p or None}  # fmt: skip
     given = {name: value for name, value in drawing.items() if value is not None}
     return penalty | given | {"do_sample": True, "generator": generator}
+
+
+def _said(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """A conversation as chat templates take it."""
+    return [{"role": message.role, "content": message.text} for message in messages]
 
 
 def _lengths(length: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import time
@@ -9,6 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from anyorder.serving.feeds import Growth, Token
+
+
+def dumps(what: Any) -> str:
+    """JSON in ASCII: half a character in an error's text harms nobody."""
+    return json.dumps(what, allow_nan=False)
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def identifier(kind: str) -> str:
