@@ -4,11 +4,11 @@ Runs a decoder under torch.profiler, sorts the operators' own time by their shap
 rank, with the vocabulary, others; attention; the rest), and sets it against the wall time without
 the profiler. What no operator accounts for is Python and dispatch. Hugging Face `generate` stands beside it.
 
-Compiled steps are one call of generated code and one for the head: each is timed as a whole, and the rest is the eager
-forward over the prompt, the choice of tokens and Python.
+Steps of another engine than eager PyTorch are few calls: each kind is timed as a whole, what the runner does around the
+engine's own call apart; the rest is the choice of tokens and the loop.
 
     python benchmarks/step_profile.py --policies groupwise:size=1 groupwise:size=4 --output docs/step_profile.md
-    python benchmarks/step_profile.py --policies groupwise:size=1 groupwise:size=4 --compile
+    python benchmarks/step_profile.py --policies groupwise:size=1 groupwise:size=4 --engine openvino --weights int8
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from anyorder import DEFAULT_MODEL, AnyOrderForCausalLM, load, policies
 from anyorder.hub.pretrained import load_causal_lm
-from anyorder.runtime.compiled import compiled_runner
+from anyorder.runtime.engines import runner_for
+from anyorder.runtime.runner import ModelRunner
 
 KINDS = ("base linears", "adapter linears", "head", "attention", "other operators")
-COMPILED = ("compiled rows", "compiled head")
+PARTS = {"hidden": "rows", "logits": "head", "coupled_logits": "coupling", "draft_logits": "drafts"}
+"""Methods of a runner, and what they are in the table."""
+INSIDE = "of rows and head: in the engine"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 
 
@@ -41,7 +44,8 @@ def main() -> None:
     parser.add_argument(
         "--policies", nargs="+", default=["groupwise:size=1", "groupwise:size=4", "speculative:draft=query"]
     )
-    parser.add_argument("--compile", action="store_true", help="our steps as compiled code")
+    parser.add_argument("--engine", default="eager")
+    parser.add_argument("--weights", help="of openvino")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="default: 5, interleaved; medians")
@@ -50,19 +54,21 @@ def main() -> None:
     model, _ = load(options.model, dtype=getattr(torch, options.dtype))
     torch.manual_seed(0)
     prompt = torch.randint(1000, 40000, (1, options.prompt_tokens))
-    decoders = {"Hugging Face generate": _hugging_face(model, prompt, options.new_tokens)}
+    runner = runner_for(model, options.engine, options.weights)
+    is_eager = options.engine == "eager"
+    decoders = {"Hugging Face generate": _hugging_face(model, prompt, options.new_tokens)} if is_eager else {}
     for name in options.policies:
-        decoders[name] = _ours(model, prompt, name, options)
+        decoders[name] = _ours(model, prompt, name, options, runner)
     for decode in decoders.values():
         decode()
-    parts = _timed(model) if options.compile else {}
+    parts = {} if is_eager else _timed(runner)
     walls: dict[str, list[float]] = {name: [] for name in decoders}
     for _ in range(options.rounds):
         for name, decode in decoders.items():
             start = perf_counter()
             forwards = decode()
             walls[name].append((perf_counter() - start) / forwards * 1000)
-    kinds, rest = (COMPILED, "the rest") if options.compile else (KINDS, "Python and dispatch")
+    kinds, rest = (KINDS, "Python and dispatch") if is_eager else ((*PARTS.values(), INSIDE), "choice of tokens, loop")
     lines = [
         f"    {shlex.join(['python', *sys.argv])}",
         "",
@@ -70,11 +76,11 @@ def main() -> None:
         "|---" * (len(kinds) + 4) + "|",
     ]
     for name, decode in decoders.items():
-        forwards, spent = _in_compiled_code(decode, parts) if options.compile else _profiled(decode, model)
+        forwards, spent = _profiled(decode, model) if is_eager else _in_parts(decode, parts)
         wall = median(walls[name])
         cells = [spent[kind] for kind in kinds]
         lines.append(f"| {name} | {forwards} | {wall:.1f} | " + " | ".join(f"{c:.1f}" for c in cells)
-                     + f" | {wall - sum(cells):.1f} |")  # fmt: skip
+                     + f" | {wall - sum(cells) + spent.get(INSIDE, 0.0):.1f} |")  # fmt: skip
     print("\n".join(lines))
     if options.output is not None:
         options.output.write_text("\n".join(lines) + "\n")
@@ -93,14 +99,14 @@ def _hugging_face(model: AnyOrderForCausalLM, prompt: torch.Tensor, new: int) ->
 
 
 def _ours(
-    model: AnyOrderForCausalLM, prompt: torch.Tensor, name: str, options: argparse.Namespace
+    model: AnyOrderForCausalLM, prompt: torch.Tensor, name: str, options: argparse.Namespace, runner: ModelRunner
 ) -> Callable[[], int]:
     policy = policies.parse(name)
 
     def decode() -> int:
         output = model.generate(
             prompt, max_new_tokens=options.new_tokens, policy=policy, eos_token_id=(), temperature=1.0,
-            generator=torch.Generator().manual_seed(0), compile=options.compile, return_dict_in_generate=True,
+            generator=torch.Generator().manual_seed(0), runner=runner, return_dict_in_generate=True,
         )  # fmt: skip
         assert not isinstance(output, torch.Tensor)
         return output.forwards
@@ -108,13 +114,12 @@ def _ours(
     return decode
 
 
-def _timed(model: AnyOrderForCausalLM) -> dict[str, list[float]]:
-    """Seconds of every call of compiled code from here on, by kind."""
-    forward = compiled_runner(model)
-    parts: dict[str, list[float]] = {kind: [] for kind in COMPILED}
+def _timed(runner: ModelRunner) -> dict[str, list[float]]:
+    """Seconds of every call of a runner's methods from here on, by kind."""
+    parts: dict[str, list[float]] = {kind: [] for kind in (*PARTS.values(), INSIDE)}
 
-    def timed(function: Callable[..., torch.Tensor], spent: list[float]) -> Callable[..., torch.Tensor]:
-        def call(*inputs: Any) -> torch.Tensor:
+    def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+        def call(*inputs: Any) -> Any:
             start = perf_counter()
             output = function(*inputs)
             spent.append(perf_counter() - start)
@@ -122,13 +127,14 @@ def _timed(model: AnyOrderForCausalLM) -> dict[str, list[float]]:
 
         return call
 
-    for name, function in forward._built.items():
-        kind = COMPILED[name.startswith("head")]
-        forward._built[name] = timed(function, parts[kind])
+    for method, kind in PARTS.items():
+        setattr(runner, method, timed(getattr(runner, method), parts[kind]))
+    if hasattr(runner, "infer"):
+        setattr(runner, "infer", timed(getattr(runner, "infer"), parts[INSIDE]))  # noqa: B009, B010
     return parts
 
 
-def _in_compiled_code(decode: Callable[[], int], parts: dict[str, list[float]]) -> tuple[int, dict[str, float]]:
+def _in_parts(decode: Callable[[], int], parts: dict[str, list[float]]) -> tuple[int, dict[str, float]]:
     """Forwards, and milliseconds of each kind a forward: medians of a few runs."""
     runs = []
     for _ in range(5):

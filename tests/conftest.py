@@ -42,13 +42,6 @@ def _nothing_prepared(_session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("anyorder.runtime.openvino.cache.cache_directory", lambda: _session_cache)
 
 
-@pytest.fixture
-def code_cache(_session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Compiled code goes here and not into the user's cache."""
-    monkeypatch.setattr("anyorder.runtime.packages.cache_directory", lambda: _session_cache)
-    return _session_cache
-
-
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: every text is representable, and a leading space is a token of its own."""

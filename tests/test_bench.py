@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import shlex
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,9 +21,11 @@ from anyorder import AnyOrderForCausalLM, Factorization, load
 from anyorder.bench import quality, report
 from anyorder.bench.decoders import AnyOrder, Continuation, Decoder, Foreign, HuggingFace, foreign_function
 from anyorder.bench.measure import Measured, measure
-from anyorder.bench.run import _policies, _prompts, _sampling
+from anyorder.bench.others import LlamaCpp
+from anyorder.bench.run import _by_ones_first, _policies, _prompts, _sampling
 from anyorder.cli import main
 from anyorder.decoding.policies import parse
+from anyorder.hub.resolve import gguf_file
 from architectures import converted, couple
 
 PROMPTS = torch.randint(3, 30, (5, 6), generator=torch.Generator().manual_seed(0))
@@ -45,54 +54,129 @@ def test_decoders_are_measured_on_the_same_prompts():
     assert one.ratios[0] == pytest.approx(results[0].seconds[0] / one.seconds[0])
 
 
-def test_compiled_decoders_stand_beside_eager_ones(capsys, checkpoint, tmp_path, monkeypatch):
+def test_engines_stand_side_by_side(capsys, checkpoint, tmp_path, monkeypatch):
     asked, generate = [], AnyOrderForCausalLM.generate
 
-    def eager(self, *arguments, compile=False, **options):  # what compiled code does is tested where it is made
-        asked.append(compile)
+    def eager(self, *arguments, engine, weights, **options):  # what engines do is tested where they are made
+        asked.append((engine, weights))
         return generate(self, *arguments, **options)
 
     monkeypatch.setattr(AnyOrderForCausalLM, "generate", eager)
     arguments = ["bench", str(tmp_path / "out"), "--model", str(checkpoint), "--prompts", "1", "--batch-size", "1"]
-    arguments += ["--prompt-tokens", "6", "--new-tokens", "4", "--compile", "--greedy", "--policies", "groupwise"]
-    assert main(arguments) == 0
+    arguments += ["--prompt-tokens", "6", "--new-tokens", "4", "--greedy", "--policies", "groupwise:size=4"]
+    assert main([*arguments, "--engines", "eager", "openvino:int8"]) == 0
     results = json.loads((tmp_path / "out" / "bench.json").read_text())["results"]
-    assert [r["decoder"] for r in results][1:] == ["groupwise, greedy", "groupwise, greedy, compiled"]
-    assert results[1]["base_nats_per_token"] == pytest.approx(results[2]["base_nats_per_token"], abs=1e-5)
-    assert asked == [False, True] * 2  # to warm up, and once more
-    assert [r["ratio_to"] for r in results] == ["hugging face, greedy"] * 2 + ["groupwise, greedy, compiled"]
+    assert [(r["decoder"], r["engine"], r["ratio_to"]) for r in results] == [
+        ("hugging face, greedy", "eager", "hugging face, greedy"),
+        ("groupwise:size=4, greedy", "eager", "hugging face, greedy"),
+        ("groupwise:size=1, greedy, openvino int8", "openvino int8", "groupwise:size=1, greedy, openvino int8"),
+        ("groupwise:size=4, greedy, openvino int8", "openvino int8", "groupwise:size=1, greedy, openvino int8"),
+    ]
+    assert asked == [("eager", None), ("openvino", "int8"), ("openvino", "int8")] * 2  # to warm up, and once more
+    assert results[1]["base_nats_per_token"] == pytest.approx(results[3]["base_nats_per_token"], abs=1e-5)
     assert (results[0]["ratio"], results[2]["ratio"]) == (1, 1)
     out = capsys.readouterr().out
+    assert "| times hugging face, greedy |" in out
     assert "warm-up, s" in out
-    assert "over those of hugging face, greedy or groupwise, greedy, compiled, batch by batch" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engines", "openvin:int8"], "engine 'openvin' is not known: did you mean 'openvino'"),
+        (["--engines", "auto"], "a bench names what it measures"),
+        (["--against", "llama.cpp"], "reads the base's GGUF file, and .* comes from none|needs: pip install xllamacpp"),
+        (["--against", "llama.cp"], "must be FILE.py:FUNCTION"),
+    ],
+)
+def test_decoders_that_cannot_be_measured_are_named(capsys, checkpoint, tmp_path, options, message):
+    arguments = ["bench", str(tmp_path / "out"), "--model", str(checkpoint), "--prompts", "1", "--batch-size", "1"]
+    assert main([*arguments, "--prompt-tokens", "6", "--new-tokens", "2", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+class _Server(ModuleType):
+    """What package xllamacpp is to `others`: a server that goes on with the prompt's last token plus one."""
+
+    def __init__(self):
+        super().__init__("xllamacpp")
+        self.asked = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.asked.append(body)
+                tokens = [body["prompt"][-1] + 1] * min(body["n_predict"], 5)
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps({"tokens": tokens}).encode())
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def CommonParams(self):  # noqa: N802
+        return MagicMock()
+
+    def Server(self, settings):  # noqa: N802
+        return SimpleNamespace(listening_address=f"http://127.0.0.1:{self.http.server_port}")
+
+
+def test_llama_cpp_is_asked_for_each_row(monkeypatch):
+    server = _Server()
+    monkeypatch.setitem(sys.modules, "xllamacpp", server)
+    decoder = LlamaCpp(Path("Some-Model.Q4_1.gguf"), {"temperature": 0.7})
+    assert decoder.name == "llama.cpp (Q4_1)"
+    found = decoder(PROMPTS[:2], 5, [7, 8])
+    assert found.sequences.tolist() == [[*row, *[row[-1] + 1] * 5] for row in PROMPTS[:2].tolist()]
+    for body in server.asked:
+        assert (body["temperature"], body["ignore_eos"], body["top_k"]) == (0.7, True, 0)
+    assert sorted(body["seed"] for body in server.asked) == [7, 8]
+    with pytest.raises(ValueError, match="made 5 of 6 tokens"):
+        decoder(PROMPTS[:1], 6, [7])
+    with pytest.raises(ValueError, match="got a batch of 33"):
+        decoder(PROMPTS[:1].expand(33, -1), 5, range(33))
+    server.http.shutdown()
+
+
+def test_the_gguf_file_of_a_model_is_found(tmp_path):
+    file = tmp_path / "base.gguf"
+    file.touch()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps({"base": {"name": "./base.gguf"}}))
+    assert gguf_file(str(tmp_path / "adapter")) == gguf_file(str(file)) == file
+    assert gguf_file(str(tmp_path)) is None
+    assert gguf_file("smollm2-135m-anyorder") == gguf_file("smollm2-135m")
 
 
 class Named(Decoder):
-    def __init__(self, name, compiled):
-        self.name, self.compiled = name, compiled
+    def __init__(self, name, engine, is_reference=False):
+        self.name, self.engine, self.is_reference = name, engine, is_reference
 
     def __call__(self, ids, new, seeds):
         return Continuation(torch.cat([ids, ids[:, :1].expand(-1, new)], 1), new)
 
 
-def test_compiled_decoders_are_compared_with_compiled_ones():
-    kinds = {"base": False, "eager": False, "one by one, compiled": True, "fast, compiled": True, "theirs": False}
-    results = measure([Named(*kind) for kind in kinds.items()], PROMPTS, 4, [1])
-    first = {False: results[0], True: results[2]}
-    for result, compiled in zip(results, kinds.values(), strict=True):
-        assert result.ratio_to == first[compiled].decoder
-        expected = [a / b for a, b in zip(first[compiled].seconds, result.seconds, strict=True)]
-        assert result.ratios == pytest.approx(expected)
+def test_decoders_are_compared_with_the_first_of_their_engine_and_with_others():
+    kinds = [("base", "eager", True), ("ours", "eager"), ("theirs", "c", True), ("by ones", "d"), ("fast", "d")]
+    results = measure([Named(*kind) for kind in kinds], PROMPTS, 4, [1])
+    for result, first in zip(results, (0, 0, 2, 3, 3), strict=True):
+        assert result.ratio_to == results[first].decoder
+        for found, other in [(result.ratios, first), (result.times["base"], 0), (result.times["theirs"], 2)]:
+            pairs = zip(results[other].seconds, result.seconds, strict=True)
+            assert found == pytest.approx([a / b for a, b in pairs])
+        assert set(result.times) == {"base", "theirs"}
 
 
-def test_one_token_at_a_time_is_the_first_compiled_decoder():
-    def names(compile, *policies):
-        options = argparse.Namespace(policies=list(policies), compile=compile)
-        return [[text for _, text in chosen] for chosen in _policies(options)]
+def test_one_token_at_a_time_is_the_first_of_an_engine():
+    def names(*texts):
+        return [text for _, text in _by_ones_first(_policies(texts))]
 
-    assert names(False, "speculative") == [["speculative"], []]
-    assert names(True, "speculative") == [["speculative"], ["groupwise:size=1", "speculative"]]
-    assert names(True, "groupwise:size=4", "groupwise")[1] == ["groupwise", "groupwise:size=4"]
+    assert names("speculative") == ["groupwise:size=1", "speculative"]
+    assert names("groupwise:size=4", "groupwise") == ["groupwise", "groupwise:size=4"]
 
 
 def test_temperature_zero_is_greedy():

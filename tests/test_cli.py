@@ -112,18 +112,20 @@ def test_sampling_is_seeded_and_each_text_has_its_own_seed(capsys, checkpoint):
 
 
 @pytest.mark.parametrize("command", [("generate", "a b", "--max-new-tokens", 3), ("infill", "a ___ b")])
-def test_compiled_code_is_asked_for(capsys, checkpoint, monkeypatch, command):
+def test_engines_are_asked_for(capsys, caplog, checkpoint, monkeypatch, command):
     asked = []
 
-    def eager(model):  # what compiled code does is tested where it is made
-        asked.append(model)
+    def eager(model, *names):  # what engines do is tested where they are made
+        asked.append(names)
         return EagerRunner(model)
 
-    monkeypatch.setattr("anyorder.decoding.request.compiled_runner", eager)
-    assert run(capsys, *command, "--model", checkpoint)[0] == 0
-    assert not asked
+    monkeypatch.setattr("anyorder.decoding.request.runner_for", eager)
+    for options in ((), ("--engine", "openvino", "--weights", "float32")):
+        assert run(capsys, *command, "--model", checkpoint, *options)[0] == 0
+        assert "compile" not in caplog.text
     assert run(capsys, *command, "--model", checkpoint, "--compile")[0] == 0
-    assert len(asked) == 1
+    assert "compile=True is now engine='openvino', and will go" in caplog.text
+    assert asked == [("auto", None), ("openvino", "float32"), ("openvino", None)]
 
 
 def test_score(capsys, checkpoint):

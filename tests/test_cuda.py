@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies
-from anyorder.runtime.compiled import compiled_runner
+from anyorder.runtime.engines import runner_for
 from architectures import RECIPES, VOCABULARY, base_model, gated
 from decoding_runs import generator, run
 from training_runs import adapt, curve
@@ -73,10 +73,10 @@ def test_compiled_steps_in_cuda_graphs_equal_eager_ones(architecture, policy):
     model = gated("llama") if architecture == "gated" else model_of(architecture, "exact", "sdpa")
     on_cpu, model = copy.deepcopy(model.eval()), model.eval().cuda()
     for turn in range(4):  # every run has a store of its own, whose addresses a graph holds
-        expected, compiled = decoded(on_cpu, policy, turn), decoded(model, policy, turn, compile=True)
+        expected, compiled = decoded(on_cpu, policy, turn), decoded(model, policy, turn, engine="cuda_graphs")
         assert torch.equal(compiled.sequences, expected.sequences)
         torch.testing.assert_close(compiled.log_probs, expected.log_probs, atol=1e-4, rtol=0)
-    assert compiled_runner(model).shapes
+    assert runner_for(model, "cuda_graphs").shapes
 
 
 def test_adapt_trains_on_cuda_as_on_the_cpu(byte_tokenizer, stories, tmp_path):

@@ -8,9 +8,8 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from anyorder import AnyOrderForCausalLM, Factorization, load, policies
+from anyorder import AnyOrderForCausalLM, Factorization, load
 from anyorder.model.adapters import Adapter
-from anyorder.runtime import compiled, packages
 from architectures import VOCABULARY, base_model
 from command_line import run as run_command
 
@@ -53,22 +52,6 @@ def test_in_8_bits_it_is_nearly_the_same_model(directories, kind):
     output = model.generate(IDS, Factorization.stack([order] * 2), return_dict_in_generate=True)
     scored = model.log_likelihood(output.sequences, Factorization.stack([order] * 2))
     torch.testing.assert_close(output.log_probs, scored, atol=1e-5, rtol=0)  # cached == parallel
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of Inductor's own imports
-@pytest.mark.usefixtures("code_cache")
-def test_compiled_it_is_the_same_model(directories, monkeypatch):
-    monkeypatch.setitem(packages.ON_CPU, "max_autotune", False)
-    model = AnyOrderForCausalLM.from_pretrained(
-        directories / "adapted", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
-    ).eval()
-    order = Factorization.left_to_right(14, 3, given=8)
-    options = {"policy": policies.groupwise(3), "forced_ids": IDS[:1], "return_dict_in_generate": True}
-    eager = model.generate(IDS[:1], order, **options)
-    fast = model.generate(IDS[:1], order, compile=True, **options)
-    torch.testing.assert_close(fast.log_probs, eager.log_probs, atol=1e-5, rtol=0)
-    assert compiled.compiled_runner(model).shapes
 
 
 def test_only_torchao_quantises_under_an_adapter(directories):

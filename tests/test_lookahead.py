@@ -155,20 +155,21 @@ def test_texts_with_keys_and_texts_without_share_a_fill(infiller, monkeypatch):
     assert_alike(found, infiller(texts, length=LENGTHS))
 
 
-def test_compiled_steps_and_the_paper_recipe_take_nothing_over(byte_tokenizer, monkeypatch):
+def test_other_engines_and_the_paper_recipe_take_nothing_over(byte_tokenizer, monkeypatch):
     firsts, run = [], EagerRunner.hidden
 
-    class Compiled(EagerRunner):
+    class Other(EagerRunner):
         takes_over = False
 
         def hidden(self, rows, *rest):
             firsts.append(rows.content_count)
             return run(self, rows, *rest)
 
-    monkeypatch.setattr("anyorder.decoding.request.compiled_runner", Compiled)
     for kind in ("exact", "paper"):
         firsts.clear()
-        found = made(kind, byte_tokenizer)(TEXTS[0], length=LENGTHS, compile=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("anyorder.decoding.request.runner_for", lambda model, *names: Other(model))
+            found = made(kind, byte_tokenizer)(TEXTS[0], length=LENGTHS)
         assert firsts[0] == 1 + len(found.ids) - sum(span.tokens for span in found.spans)
         assert_alike([found], [made(kind, byte_tokenizer)(TEXTS[0], length=LENGTHS)])
 

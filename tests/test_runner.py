@@ -15,19 +15,17 @@ from anyorder import AnyOrderForCausalLM, Factorization, policies
 from anyorder.core.layout import lay_out
 from anyorder.model.adapters import Adapter
 from anyorder.model.kv_cache import KeyValueStore
-from anyorder.runtime.compiled import compiled_runner
-from anyorder.runtime.packages import PackagedRunner
+from anyorder.runtime import cuda_graphs, engines
 from anyorder.runtime.runner import EagerRunner
 from anyorder.runtime.static_shapes import MOST_ROWS, StaticRunner
 from architectures import VOCABULARY, base_model, converted, gated
 from decoding_runs import generator, run
 
-# Inductor's own imports warn of what PyTorch deprecates.
+# The compiler's own imports warn of what PyTorch deprecates.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-
 T = 14
 IDS = torch.randint(3, VOCABULARY, (2, T), generator=generator(0))
 ORDER = Factorization.stack(
@@ -51,11 +49,13 @@ def kind(request):
     return request.param
 
 
+def runner_of(model, kind):
+    """One of this kind, kept with the model as `engines` keeps them."""
+    return model.__dict__.setdefault("_tested_runners", {}).setdefault(kind, kind(model))
+
+
 def decoded(model, kind, order=ORDER, **options):
-    """A run by this kind of runner, which is kept with the model as compiled ones are."""
-    if kind is not EagerRunner and "_compiled_runner" not in model.__dict__:
-        model.__dict__["_compiled_runner"] = kind(model)
-    return run(model, IDS[: order.batch_size], order, compile=kind is not EagerRunner, **options)
+    return run(model, IDS[: order.batch_size], order, runner=runner_of(model, kind), **options)
 
 
 CASES = [
@@ -80,11 +80,11 @@ def test_steps_of_static_shapes_give_what_eager_ones_give(architecture, recipe, 
     assert torch.equal(found.sequences, expected.sequences)
     assert torch.equal(found.steps, expected.steps)
     torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-5, rtol=0)
-    shapes = compiled_runner(model).shapes
+    shapes = runner_of(model, Uncompiled).shapes
     assert shapes
     assert all(shape[3] == 64 for shape in shapes)
     drawn(Uncompiled)
-    assert compiled_runner(model).shapes == shapes  # built once
+    assert runner_of(model, Uncompiled).shapes == shapes  # built once
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gated"])
@@ -166,7 +166,7 @@ def test_changed_weights_are_noticed(kind, change):
         model = copy.deepcopy(converted("llama"))
     order = Factorization.left_to_right(T, 2, given=4)
     decoded(model, kind, order, forced_ids=IDS[:1])
-    runner = kind(model) if kind is EagerRunner else compiled_runner(model)
+    runner = runner_of(model, kind)
     runner.check()
     change(model)
     if kind is EagerRunner:
@@ -174,16 +174,21 @@ def test_changed_weights_are_noticed(kind, change):
     else:
         with pytest.raises(ValueError, match="weights have changed since its steps were compiled"):
             runner.check()
-        assert type(compiled_runner(model)) is PackagedRunner  # made anew
-        model.__dict__["_compiled_runner"] = kind(model)
+        del model.__dict__["_tested_runners"][kind]
     found = decoded(model, kind, order, forced_ids=IDS[:1]).log_probs
     torch.testing.assert_close(found, model.log_likelihood(IDS[:1], order), atol=1e-5, rtol=0)
 
 
-def test_a_copy_of_a_model_begins_without_compiled_steps():
+def test_compiled_steps_are_kept_until_the_weights_change_and_not_copied(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "CudaGraphRunner", Uncompiled)
     model = copy.deepcopy(converted("llama"))
-    decoded(model, Uncompiled, Factorization.left_to_right(T, 2, given=4))
-    assert compiled_runner(copy.deepcopy(model)).shapes == []
+    made = engines._cuda_graphs(model)
+    run(model, IDS[:1], Factorization.left_to_right(T, 2, given=4), runner=made)
+    assert engines._cuda_graphs(model) is made
+    assert made.shapes
+    assert engines._cuda_graphs(copy.deepcopy(model)).shapes == []
+    _average(model)
+    assert engines._cuda_graphs(model).shapes == []
 
 
 def test_few_functions_are_kept_and_the_one_used_longest_ago_goes(monkeypatch):
@@ -193,17 +198,9 @@ def test_few_functions_are_kept_and_the_one_used_longest_ago_goes(monkeypatch):
     expected = decoded(model, EagerRunner, policy=policy)
     found = decoded(model, Uncompiled, policy=policy)
     assert torch.equal(found.sequences, expected.sequences)
-    runner = compiled_runner(model)
+    runner = runner_of(model, Uncompiled)
     assert len(runner.shapes) > 2
     assert len(runner._built) == 2
-
-
-def test_large_models_keep_few_compiled_functions(monkeypatch):
-    model = copy.deepcopy(converted("llama"))
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    for room, kept in ((0, 4), (20 * weights, 10)):
-        monkeypatch.setattr("anyorder.runtime.packages.MOST_LOADED_BYTES", room)
-        assert PackagedRunner(model).most_built == kept
 
 
 def test_stores_come_in_few_sizes():

@@ -20,9 +20,6 @@ from anyorder.modeling import AnyOrderForCausalLM
 
 Sampling = dict[str, Any]
 
-COMPILED = ", compiled"
-"""How the names of compiled decoders end."""
-
 
 @dataclass(frozen=True)
 class Continuation:
@@ -40,12 +37,14 @@ class Decoder(ABC):
     Attributes:
         name: in the tables.
         by_row: whether the seeds alone decide what a row gets, whatever batch it is in.
-        compiled: whether it runs compiled code; only decoders that are alike in this are compared in speed.
+        engine: what runs its steps; what the order of decoding brings shows among decoders of one engine.
+        is_reference: whether every decoder is compared with it, whatever runs it.
     """
 
     name: str
     by_row: bool = True
-    compiled: bool = False
+    engine: str = "eager"
+    is_reference: bool = False
 
     @abstractmethod
     def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
@@ -61,6 +60,7 @@ class HuggingFace(Decoder):
     """
 
     by_row = False  # one global generator draws for all rows
+    is_reference = True
 
     def __init__(self, model: AnyOrderForCausalLM, sampling: Sampling | None):
         self.base, self.sampling = model.causal_lm, sampling
@@ -78,13 +78,30 @@ class HuggingFace(Decoder):
 
 
 class AnyOrder(Decoder):
-    """A converted model from left to right under a policy, eager or compiled."""
+    """A converted model from left to right under a policy.
+
+    Args:
+        model: the model.
+        policy: of `decoding.policies`.
+        name: in the tables.
+        sampling: as of `HuggingFace`.
+        engine, weights: as of `generate`.
+    """
 
     def __init__(
-        self, model: AnyOrderForCausalLM, policy: Policy, name: str, sampling: Sampling | None, compile: bool = False
+        self,
+        model: AnyOrderForCausalLM,
+        policy: Policy,
+        name: str,
+        sampling: Sampling | None,
+        engine: str = "eager",
+        weights: str | None = None,
     ):
-        self.model, self.policy, self.sampling, self.compiled = model, policy, sampling, compile
-        self.name = name + ", greedy" * (sampling is None) + COMPILED * compile
+        self.model, self.policy, self.sampling = model, policy, sampling
+        self._runs: dict[str, Any] = {"engine": engine, "weights": weights}
+        self.engine = engine if weights is None else f"{engine} {weights}"
+        self.name = name + ", greedy" * (sampling is None)
+        self.name += "" if engine == "eager" else f", {self.engine}"
 
     def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
         draws: Sampling = {"do_sample": False}
@@ -95,7 +112,7 @@ class AnyOrder(Decoder):
             ids,
             max_new_tokens=new,
             policy=self.policy,
-            compile=self.compiled,
+            **self._runs,
             eos_token_id=(),
             return_dict_in_generate=True,
             **draws,

@@ -1,9 +1,9 @@
 """Timing decoders side by side.
 
 Runs are interleaved: every batch of prompts goes through all decoders, in turn, before the next one does, so that a
-slow moment of the machine falls on all alike, and ratios are taken batch by batch. A ratio is to the first decoder that
-is compiled, or is not, as the decoder itself is: eager code beside compiled code would credit the method with what the
-compiler does. Knows nothing of quality.
+slow moment of the machine falls on all alike, and ratios are taken batch by batch. A ratio is to the first decoder of
+the same engine: one engine beside another would credit the method with what the engine does. How much faster than
+other people's decoders each is stands beside it. Knows nothing of quality.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class Measured:
     quality: dict[str, float] = field(default_factory=dict)
     same_as_alone: int | None = None
     """How many prompts have the same continuation as at the smallest batch size; None: not comparable."""
+    engine: str = "eager"
+    times: dict[str, list[float]] = field(default_factory=dict)
+    """Speed over that of each reference, on the same batch."""
 
     @property
     def tokens_per_second(self) -> list[float]:
@@ -57,6 +60,7 @@ class Measured:
         speed, forwards = self.tokens_per_second, self.forwards_per_token
         return {
             "decoder": self.decoder,
+            "engine": self.engine,
             "batch_size": self.batch_size,
             "tokens_per_second": statistics.median(speed),
             "tokens_per_second_min": min(speed),
@@ -65,6 +69,7 @@ class Measured:
             "ratio": statistics.median(self.ratios),
             "ratio_min": min(self.ratios),
             "ratio_max": max(self.ratios),
+            **{f"times {name}": statistics.median(times) for name, times in self.times.items()},
             "forwards_per_token": forwards,
             "ms_per_forward": None
             if forwards is None
@@ -82,7 +87,7 @@ def measure(
     """Every decoder at every batch size, on all prompts that fill whole batches.
 
     Args:
-        decoders: ratios are taken to the first eager and the first compiled one.
+        decoders: ratios are taken to the first one of each engine, and to each reference.
         prompts: (M, P) int64.
         new: tokens to add.
         batch_sizes: each at most M.
@@ -96,18 +101,21 @@ def measure(
         raise ValueError(f"batch size {too_many[0]} needs as many prompts; there are {len(prompts)}")
     results = []
     for size in batch_sizes:
-        found = [Measured(decoder.name, size, new) for decoder in decoders]
-        first_of = {decoder.compiled: result for decoder, result in reversed(list(zip(decoders, found, strict=True)))}
+        found = [Measured(decoder.name, size, new, engine=decoder.engine) for decoder in decoders]
+        first_of = {result.engine: result for result in reversed(found)}
+        references = [result for decoder, result in zip(decoders, found, strict=True) if decoder.is_reference]
         for decoder, result in zip(decoders, found, strict=True):
-            result.ratio_to = first_of[decoder.compiled].decoder
+            result.ratio_to = first_of[decoder.engine].decoder
             started = time.perf_counter()
             decoder(prompts[:size], new, range(seed, seed + size))
             result.warm_up = time.perf_counter() - started
         for first in tqdm(range(0, len(prompts) - size + 1, size), desc=f"batch size {size}", disable=None):
             for decoder, result in zip(decoders, found, strict=True):
                 _run(decoder, result, prompts[first : first + size], range(seed + first, seed + first + size))
-            for decoder, result in zip(decoders, found, strict=True):
-                result.ratios.append(first_of[decoder.compiled].seconds[-1] / result.seconds[-1])
+            for result in found:
+                result.ratios.append(first_of[result.engine].seconds[-1] / result.seconds[-1])
+                for one in references:
+                    result.times.setdefault(one.decoder, []).append(one.seconds[-1] / result.seconds[-1])
         results += found
     _compare_batch_sizes(decoders, results)
     return results

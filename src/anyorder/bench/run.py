@@ -41,10 +41,9 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
         help=f"as --policy of generate; default: {' '.join(DEFAULT_POLICIES)}",
     )  # fmt: skip
     parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="also each policy compiled, compared with one token at a time, compiled; warm-up is told apart",
-    )
+        "--engines", nargs="+", default=["eager"], metavar="NAME[:WEIGHTS]",
+        help="each policy runs in each: eager, openvino:int8, openvino:float32, ..., cuda_graphs; default: eager",
+    )  # fmt: skip
     parser.add_argument(
         "--uncoupled",
         action="store_true",
@@ -64,7 +63,8 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     )  # fmt: skip
     parser.add_argument(
         "--against", nargs="+", default=[], metavar="FILE.py:FUNCTION",
-        help="other samplers, f(base_model, input_ids, max_new_tokens, seeds) -> ids, or (ids, forwards)",
+        help="other samplers, f(base_model, input_ids, max_new_tokens, seeds) -> ids, or (ids, forwards); llama.cpp: "
+        "on the GGUF file of the base (pip install xllamacpp); torch.compile: generate with a static cache, compiled",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
@@ -84,27 +84,23 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     import torch
 
     from anyorder.bench import report
-    from anyorder.bench.decoders import AnyOrder, Foreign, HuggingFace, foreign_function
+    from anyorder.bench.decoders import HuggingFace
     from anyorder.bench.measure import measure
-    from anyorder.decoding import policies
+    from anyorder.bench.others import check, others
 
     _check_installed(options)
     sampling = _sampling(options)
-    eager, compiled = _policies(options)
-    foreign = [foreign_function(place) for place in options.against]
+    engines, chosen = _engines(options), _policies(options.policies)
+    check(options.against, sampling)
     texts = _texts(options)
     model, tokenizer = load(options)
     ids, references = _prompts(options, texts, model, tokenizer)
-    decoders: list[Decoder] = [HuggingFace(model, sampling)]
-    decoders += [AnyOrder(model, policy, text, sampling) for policy, text in eager]
-    if options.uncoupled:
-        if model.coupling is None:
-            raise ValueError(f"--uncoupled compares with a coupling, and {options.model} has none: leave it out")
-        plain = model.uncoupled()
-        decoders += [AnyOrder(plain, policy, f"{text}, uncoupled", sampling) for policy, text in eager
-                     if not isinstance(policy, policies.Speculative)]  # fmt: skip
-    decoders += [AnyOrder(model, policy, text, sampling, compile=True) for policy, text in compiled]
-    decoders += [Foreign(function, name, model) for function, name in foreign]
+    if options.uncoupled and model.coupling is None:
+        raise ValueError(f"--uncoupled compares with a coupling, and {options.model} has none: leave it out")
+    decoders: list[Decoder] = [HuggingFace(model, sampling), *others(options.against, model, sampling, options.model)]
+    for engine in engines:
+        decoders += _in_engine(model, _by_ones_first(chosen) if engine[0] != "eager" else chosen, sampling, *engine,
+                               uncoupled=options.uncoupled)  # fmt: skip
     results = measure(decoders, ids, options.new_tokens, sorted(set(options.batch_size)), options.seed)
     _judge(results, model, tokenizer, references)
     records = [result.record() for result in results]
@@ -142,20 +138,56 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any] | None:
     return sampling if Sampler(True, **sampling).do_sample else None  # temperature 0 is greedy
 
 
-def _policies(options: argparse.Namespace) -> tuple[list[tuple[Policy, str]], list[tuple[Policy, str]]]:
-    """The policies that run eagerly, and those that run compiled.
+def _engines(options: argparse.Namespace) -> list[tuple[str, str | None]]:
+    """Engines and their weights, in the order in which they were asked for."""
+    from anyorder.runtime.engines import check_engine, check_installed
 
-    Of the latter, the first is one token at a time, which the others are compared with: from left to right that is the
-    base model's own decoding.
-    """
+    found = []
+    for text in dict.fromkeys(options.engines):
+        engine, _, weights = text.partition(":")
+        if engine == "auto":
+            raise ValueError("--engines auto: a bench names what it measures: eager, openvino:int8, ...")
+        check_engine(engine, weights or None)
+        if engine == "openvino":
+            check_installed()
+        found.append((engine, weights or None))
+    return found
+
+
+def _policies(texts: Sequence[str]) -> list[tuple[Policy, str]]:
     from anyorder.decoding import policies
 
-    chosen = [(policies.parse(text), text) for text in options.policies]
-    if not options.compile:
-        return chosen, []
+    return [(policies.parse(text), text) for text in texts]
+
+
+def _by_ones_first(chosen: list[tuple[Policy, str]]) -> list[tuple[Policy, str]]:
+    """The policies, the first of them one token at a time, which the others of an engine are compared with: from left
+    to right that is the base model's own decoding."""
+    from anyorder.decoding import policies
+
     by_ones = (policies.groupwise(), policies.groupwise(1))
     first = next((one for one in chosen if one[0] in by_ones), (policies.groupwise(1), "groupwise:size=1"))
-    return chosen, [first, *(one for one in chosen if one is not first)]
+    return [first, *(one for one in chosen if one is not first)]
+
+
+def _in_engine(
+    model: AnyOrderForCausalLM,
+    chosen: list[tuple[Policy, str]],
+    sampling: dict[str, Any] | None,
+    engine: str,
+    weights: str | None,
+    uncoupled: bool,
+) -> list[Decoder]:
+    """Each policy, and each policy of groups without the coupling."""
+    from anyorder.bench.decoders import AnyOrder
+    from anyorder.decoding import policies
+
+    decoders: list[Decoder] = [AnyOrder(model, policy, text, sampling, engine, weights) for policy, text in chosen]
+    if uncoupled:
+        plain = model.uncoupled()
+        decoders += [AnyOrder(plain, policy, f"{text}, uncoupled", sampling, engine, weights)
+                     for policy, text in chosen if not isinstance(policy, policies.Speculative)]  # fmt: skip
+    return decoders
 
 
 def _judge(

@@ -103,7 +103,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, metavar="P", help="implies --sample")
     parser.add_argument("--repetition-penalty", type=float, metavar="R")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    parser.add_argument("--compile", action="store_true", help="compiled code: minutes the first time, faster for good")
+    parser.add_argument("--compile", action="store_true", help="what --engine openvino was called; will go")
     add_engine(parser)
 
 

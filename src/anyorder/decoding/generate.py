@@ -144,7 +144,7 @@ def stream(
             to right.
         forced_ids: (B, T) int64, tokens to commit instead of drawing; -100 where a token is to be drawn. A forced token
             is never an end.
-        compile: run steps as compiled code; the first of each shape takes minutes, once a machine (see `compiled`).
+        compile: what engine="openvino", or on CUDA "cuda_graphs", was called; warns.
         runner: a `runtime.runner.ModelRunner` of this model, which executes the forwards; default: eager PyTorch.
         engine, weights: what runs steps: "eager" PyTorch, "openvino" with weights in int8, bfloat16 or float32, or
             "cuda_graphs"; default "auto" (see `runtime.engines`).

@@ -7,6 +7,7 @@ Shapes: B batch, T columns, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -37,9 +38,10 @@ from anyorder.decoding.stopping import EndRule
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.compatibility import context_length
 from anyorder.model.kv_cache import KeyValueStore
-from anyorder.runtime.compiled import compiled_runner
-from anyorder.runtime.engines import check_engine, runner_for
+from anyorder.runtime.engines import check_engine, compiled_engine, runner_for
 from anyorder.runtime.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 20
 
@@ -229,13 +231,20 @@ def start(
     processors = _processors(options, factorization, policy)
     drawer = Drawer(sampler, must_match, forced, processors, records)
     rule = _end_rule(options, factorization, policy, model.vocabulary_size)
-    runner = options.runner
-    if runner is None:
-        runner = compiled_runner(model) if options.compile else runner_for(model, options.engine, options.weights)
+    runner = _runner(model, options) if options.runner is None else options.runner
     if not runner.takes_over or model.recipe != "exact":  # elsewhere keys of what is given have read all of it
         encoded = None
     run = Run(runner, request.ids, factorization, drawer, numbers, rule, encoded)
     return run, run.steps_of(policy.scheduler(run))
+
+
+def _runner(model: AnyOrderPreTrainedModel, options: Options) -> ModelRunner:
+    """What runs steps, by name."""
+    if not options.compile:
+        return runner_for(model, options.engine, options.weights)
+    engine = compiled_engine(model)
+    logger.warning("compile=True is now engine=%r, and will go", engine)
+    return runner_for(model, engine, options.weights)
 
 
 def end_ids(model: AnyOrderPreTrainedModel) -> list[int]:

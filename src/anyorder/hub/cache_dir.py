@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """Where dequantised models and compiled code are kept."""
+    """Where dequantised models and prepared graphs are kept."""
     own = os.environ.get("ANYORDER_CACHE")
     if own:
         return Path(own).expanduser()

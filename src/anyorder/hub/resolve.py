@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -145,6 +146,19 @@ def packaged_file(package: str, file: str) -> Path | None:
         return None
     path = Path(spec.origin).parent / file
     return path if path.is_file() else None
+
+
+def gguf_file(name_or_path: str) -> Path | None:
+    """The GGUF file that a model's weights, or those of an adapter's base, were read from; None: there is none."""
+    if name_or_path in BUILT_IN:
+        return packaged_file(*BUILT_IN[name_or_path][:2])
+    path = Path(in_package(name_or_path)).expanduser()
+    if path.suffix == ".gguf":
+        return path if path.is_file() else None
+    if not (path / "config.json").is_file():
+        return None
+    base = json.loads((path / "config.json").read_text()).get("base") or {}
+    return gguf_file(find_base(base["name"], path)) if base.get("name") else None
 
 
 def cannot_load(name: str | os.PathLike[str], error: Exception) -> ValueError:

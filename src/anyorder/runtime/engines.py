@@ -6,9 +6,11 @@ import difflib
 import importlib.util
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.runtime.runner import EagerRunner, ModelRunner
+from anyorder.runtime.static_shapes import StaticRunner
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +55,15 @@ def runner_for(model: AnyOrderPreTrainedModel, engine: str = "auto", weights: st
     if engine == "cuda_graphs":
         if device != "cuda":
             raise ValueError(f"engine='cuda_graphs' needs the model on a CUDA device; it is on {device!r}")
-        from anyorder.runtime.compiled import compiled_runner
-
-        return compiled_runner(model)
+        return _cuda_graphs(model)
     if device != "cpu":
         raise ValueError(f"engine='openvino' is for the CPU, the model is on {device!r}: use engine='cuda_graphs'")
     return _openvino(model, weights or DEFAULT_WEIGHTS)
+
+
+def compiled_engine(model: AnyOrderPreTrainedModel) -> str:
+    """The engine that `compile=True` stands for."""
+    return "openvino" if model.device.type == "cpu" else "cuda_graphs"
 
 
 def check_installed() -> None:
@@ -83,6 +88,20 @@ def _prepared(model: AnyOrderPreTrainedModel, weights: str | None) -> tuple[str 
         if name in kept or cache.place_of(model, name).is_dir():
             return name, f"the model has been prepared with weights in {name}"
     return None, f"the model as it is now has not been prepared with weights in {' or '.join(wanted)}"
+
+
+def _cuda_graphs(model: AnyOrderPreTrainedModel) -> ModelRunner:
+    """The compiled steps of a model: those made before, if they are still its own."""
+    from anyorder.runtime.cuda_graphs import CudaGraphRunner  # its imports take seconds
+
+    kept = model.__dict__.get("_cuda_graph_runner")
+    if isinstance(kept, StaticRunner):
+        with suppress(ValueError):
+            kept.check()
+            return kept
+    made = CudaGraphRunner(model)
+    model.__dict__["_cuda_graph_runner"] = made  # not a module of the model's
+    return made
 
 
 def _openvino(model: AnyOrderPreTrainedModel, weights: str) -> ModelRunner:

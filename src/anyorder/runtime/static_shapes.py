@@ -1,8 +1,8 @@
 """Decoding steps in few static shapes, for engines that compile each shape.
 
 A step is padded to a bucket of content rows and one of query rows, and the store of keys and values to a bucket of
-ranks; each combination is one shape. What makes a function of one shape fast is a subclass's business (`packages` on
-the CPU, `cuda_graphs` on CUDA). The first forward of a run, over the prompt, and steps of many rows stay eager: they
+ranks; each combination is one shape. What makes a function of one shape fast is a subclass's business (`cuda_graphs`).
+The first forward of a run, over the prompt, and steps of many rows stay eager: they
 are bound by arithmetic.
 
 This module knows rows and the store; no policies, no tokens' meaning, no compiler.

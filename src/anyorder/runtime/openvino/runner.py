@@ -101,7 +101,7 @@ class OpenVINORunner(ModelRunner):
         inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
         for name, tensor in inputs.items():
             request.set_tensor(name, _shared(tensor))
-        request.infer()
+        self.infer(request)
         hidden, *new = (torch.from_numpy(output.data) for output in request.output_tensors)
         start = common_start(rows.ranks, store.capacity)
         for layer in range(len(new) // 2):
@@ -116,8 +116,12 @@ class OpenVINORunner(ModelRunner):
         hidden = hidden.float().contiguous()
         request.set_input_tensor(_shared(hidden))
         request.set_output_tensor(_shared(logits))
-        request.infer()
+        self.infer(request)
         return logits
+
+    def infer(self, request: Any) -> None:
+        """OpenVINO's own part of a step."""
+        request.infer()
 
     def _request(self, store: KeyValueStore, is_open: bool, read: int, batch: int) -> tuple[Any, int]:
         """What executes a forward, with stored keys and values for its input, and how many ranks of them.

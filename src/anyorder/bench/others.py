@@ -1,0 +1,151 @@
+"""Other people's decoders: llama.cpp on the same GGUF file, Hugging Face compiled, anyone's function.
+
+llama.cpp runs in this process (package xllamacpp, which no extra installs) behind a port of its own on loopback, which
+is how its token ids come back. It has the base's weights in the file's precision, not in that of the model measured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyorder.bench.decoders import Continuation, Decoder, Foreign, Sampling, foreign_function
+from anyorder.hub.pretrained import load_causal_lm
+from anyorder.hub.resolve import gguf_file
+from anyorder.modeling import AnyOrderForCausalLM
+
+LLAMA_CPP, COMPILED = "llama.cpp", "torch.compile"
+MOST_SLOTS = 32
+"""Requests that llama.cpp decodes at once; its context is shared out among them."""
+
+
+class CompiledHuggingFace(Decoder):
+    """The base model under `generate` with a static cache, its forward through torch.compile.
+
+    A base of its own: the one inside a converted model has another attention function.
+
+    Args:
+        model: a converted model, whose base is loaded once more.
+        sampling: as of `HuggingFace`.
+    """
+
+    by_row = False
+    engine = COMPILED
+    is_reference = True
+
+    def __init__(self, model: AnyOrderForCausalLM, sampling: Sampling | None):
+        self._name = (model.config.base or {}).get("name") or model.causal_lm.name_or_path
+        self._dtype, self._sampling = model.causal_lm.dtype, sampling
+        self.name = "hugging face, compiled" + ", greedy" * (sampling is None)
+
+    @cached_property
+    def _model(self) -> Any:
+        model: Any = load_causal_lm(self._name, dtype=self._dtype)
+        model.forward = torch.compile(model.forward)
+        return model
+
+    def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
+        torch.manual_seed(seeds[0])
+        draws: Sampling = {"do_sample": False}
+        if self._sampling is not None:
+            draws = {"do_sample": True, "top_k": 0, **self._sampling}
+        sequences = self._model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+            cache_implementation="static", **draws,
+        )  # fmt: skip
+        return Continuation(sequences, new)
+
+
+class LlamaCpp(Decoder):
+    """llama.cpp's server on a GGUF file, in this process, with as many threads as PyTorch has.
+
+    Args:
+        file: the GGUF file.
+        sampling: temperature, top_k, top_p, min_p; None: greedy.
+    """
+
+    engine = LLAMA_CPP
+    by_row = False  # rows of one batch are rounded together
+    is_reference = True
+
+    def __init__(self, file: Path, sampling: Sampling | None):
+        self.file, self._sampling = file, sampling
+        self.name = f"{LLAMA_CPP} ({file.stem.rpartition('.')[2]})" + ", greedy" * (sampling is None)
+
+    @cached_property
+    def _address(self) -> str:
+        import xllamacpp
+
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(self.file)
+        settings.n_parallel, settings.n_ctx = MOST_SLOTS, 512 * MOST_SLOTS
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+        settings.cache_prompt, settings.verbosity = False, -1
+        self._server = xllamacpp.Server(settings)
+        return str(self._server.listening_address)
+
+    def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
+        if len(ids) > MOST_SLOTS:
+            raise ValueError(f"{LLAMA_CPP} is given {MOST_SLOTS} rows at once at most, got a batch of {len(ids)}")
+        address = self._address
+        with ThreadPoolExecutor(len(ids)) as threads:
+            found = list(threads.map(lambda row, seed: self._ask(address, row, new, seed), ids.tolist(), seeds))
+        return Continuation(torch.cat([ids, torch.tensor(found, device=ids.device)], dim=1), new)
+
+    def _ask(self, address: str, row: list[int], new: int, seed: int) -> list[int]:
+        draws: Sampling = {"temperature": 0.0} if self._sampling is None else dict(self._sampling)
+        body = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, **draws, "seed": seed, "prompt": row,
+                "n_predict": new, "ignore_eos": True, "cache_prompt": False, "return_tokens": True}  # fmt: skip
+        request = urllib.request.Request(
+            f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            tokens = json.load(answer)["tokens"]
+        if len(tokens) != new:
+            raise ValueError(f"{LLAMA_CPP} made {len(tokens)} of {new} tokens: the prompt is too long for its context")
+        return [int(token) for token in tokens]
+
+
+def check(places: Sequence[str], sampling: Sampling | None) -> None:
+    """Raise ValueError for what cannot be measured, before a model is loaded."""
+    for place in places:
+        if place == LLAMA_CPP:
+            if importlib.util.find_spec("xllamacpp") is None:
+                raise ValueError(f"--against {LLAMA_CPP} needs: pip install xllamacpp")
+        elif place != COMPILED:
+            foreign_function(place)
+
+
+def others(places: Sequence[str], model: AnyOrderForCausalLM, sampling: Sampling | None, name: str) -> list[Decoder]:
+    """The decoders that --against names.
+
+    Args:
+        places: what it names.
+        model: a converted model.
+        sampling: as of `HuggingFace`.
+        name: what the model was loaded from.
+
+    Raises:
+        ValueError: for llama.cpp on a model whose base is no GGUF file.
+    """
+    found: list[Decoder] = []
+    for place in dict.fromkeys(places):
+        if place == LLAMA_CPP:
+            file = gguf_file(name)
+            if file is None:
+                raise ValueError(f"--against {LLAMA_CPP} reads the base's GGUF file, and {name} comes from none")
+            found.append(LlamaCpp(file, sampling))
+        elif place == COMPILED:
+            found.append(CompiledHuggingFace(model, sampling))
+        else:
+            found.append(Foreign(*foreign_function(place), model))
+    return found
