@@ -349,3 +349,17 @@ def test_weights_that_change_between_two_runs_are_noticed():
         expected = model.log_likelihood(output.sequences, order)
         torch.testing.assert_close(output.log_probs, expected, atol=2e-5, rtol=0)
         layer.weight.data *= 1.5  # an edit that PyTorch does not count
+
+
+@torch.no_grad()
+def test_members_summed_up_by_distance_say_the_same():
+    coupling = coupled("llama").coupling
+    embed = coupled("llama").get_input_embeddings()
+    hidden = torch.randn(5, coupling.state.in_features, generator=generator(0))
+    ids = torch.randint(3, VOCABULARY, (5, 4), generator=generator(1))
+    distances = torch.tensor([[1, 2, 3, 4], [1, 0, 0, 0], [0, 0, 0, 0], [5, 6, 7, 200], [9, 9, 1, 0]])
+    summed = coupling.summed(ids, distances, embed)
+    assert torch.equal(summed[2], torch.zeros_like(summed[2]))
+    expected = coupling.code(hidden, ids, distances, embed)
+    torch.testing.assert_close(coupling.code_of(hidden, summed), expected, atol=1e-5, rtol=1e-5)
+    assert (expected[0] - coupling.code(hidden, ids, distances.flip(1), embed)[0]).abs().max() > 1e-4

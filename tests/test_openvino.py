@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 
 import pytest
@@ -19,6 +20,7 @@ from decoding_runs import generator, run
 pytest.importorskip("openvino", reason="needs anyorder[openvino]")
 
 from anyorder.runtime.openvino import cache, prepare, processor
+from anyorder.runtime.openvino import graph as openvino_graph
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what exporting imports
@@ -91,9 +93,14 @@ def test_cached_equals_parallel_and_a_batch_its_rows(models, name):
     torch.testing.assert_close(alone.log_probs[0], output.log_probs[0], **NEAR)
 
 
-@pytest.mark.parametrize("policy", [policies.groupwise(3), policies.speculative(draft="query", draft_length=2)])
+@pytest.mark.parametrize(
+    "policy",
+    [policies.groupwise(3), *(policies.speculative(draft=draft, draft_length=2) for draft in ("query", "state"))],
+)
 def test_policies_draw_the_same(models, policy):
+    """Members of groups and drafts through the coupling's own graphs."""
     model = models("gated")
+    assert set(engines.runner_for(model, "openvino", "float32")._members) == {"coupling", "drafts"}
     options = {"policy": policy, "temperature": 1.0}
     expected = run(model, IDS, ORDER, engine="eager", generator=[generator(1), generator(2)], **options)
     found = decoded(model, generator=[generator(1), generator(2)], **options)
@@ -144,6 +151,28 @@ def test_fewer_bits_are_nearly_the_same(models, weights):
     found = run(model, IDS, ORDER, engine="openvino", weights=weights, forced_ids=IDS).log_probs
     error = (found - model.log_likelihood(IDS, ORDER)).abs().max()
     assert 0 < error < 1.0
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "bfloat16"])
+def test_rows_with_closed_gates_are_the_same_without_adapters(models, monkeypatch, weights):
+    """The graph whose weights are cut down to what the base has, in each dtype of weights."""
+    if weights == "bfloat16" and not processor.has_amx():
+        pytest.skip("bfloat16 needs AMX")
+    model = models("gated")
+    runner, layout = engines.runner_for(model, "openvino", weights), lay_out(IDS, ORDER, "exact")
+    rows = dataclasses.replace(layout.rows, gates=torch.zeros_like(layout.rows.gates))
+
+    def hidden():
+        return runner.hidden(rows, layout.key_positions, KeyValueStore(runner.capacity(T)))
+
+    without, graph = hidden(), runner._graph
+    monkeypatch.setattr(runner, "_graph", lambda is_open: graph(True))
+    bound = {"float32": 2e-4, "int8": 2e-2, "bfloat16": 2e-2}[weights] * float(without.abs().max())
+    torch.testing.assert_close(hidden(), without, atol=bound, rtol=0)
+    sizes = [sum(node.get_type_name() == "MatMul" for node in graph.get_ordered_ops())
+             for graph in (runner._whole, openvino_graph.closed(runner._whole))]  # fmt: skip
+    layers = len(model.causal_lm.model.layers)
+    assert sizes[0] - sizes[1] == 4 * layers  # what adapters add; what they read is part of the products beside them
 
 
 @pytest.mark.slow

@@ -104,6 +104,22 @@ class MemberNetwork(nn.Module):
         for number, rows, places in _by_distance(distances):
             members = _unit(embed(ids[rows, places]), self.members.dtype)
             x = x.index_add(0, rows, product(members, self.members[number]).to(x.dtype))
+        return self._deeper(x)
+
+    def summed(self, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N, D, embedding size) the members of each position, summed up by which weights are for them: what `code_of`
+        takes, whose products are of the same sizes whatever the distances."""
+        found = torch.zeros(len(ids), *self.members.shape[::2], dtype=self.members.dtype, device=ids.device)
+        for number, rows, places in _by_distance(distances):
+            found[:, number].index_add_(0, rows, _unit(embed(ids[rows, places]), found.dtype))
+        return found
+
+    def code_of(self, hidden: Tensor, summed: Tensor) -> Tensor:
+        """What `code` gives, to rounding, of members that are `summed` up."""
+        x = product(_unit(hidden, self.state.weight.dtype), self.state.weight) + self.state.bias
+        return self._deeper(x + product(summed.flatten(1), self.members.transpose(0, 1).flatten(1)))
+
+    def _deeper(self, x: Tensor) -> Tensor:
         x = nn.functional.silu(product(nn.functional.silu(x), self.inner.weight) + self.inner.bias)
         return product(x, self.down.weight)
 
@@ -147,7 +163,7 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     One row alone, as drawing has it, goes through the product with a vector: in bfloat16 on a CPU that reads the
     weights as fast as memory gives them, where a product of matrices takes about twice as long.
     """
-    if len(rows) == 1 and not torch.is_grad_enabled():
+    if rows.shape[0] == 1 and not torch.is_grad_enabled():  # len() would pin the number when traced
         return torch.mv(weight, rows[0])[None]
     return nn.functional.linear(rows, weight)
 

@@ -35,6 +35,7 @@ from anyorder.runtime.runner import plain_tensors
 logger = logging.getLogger(__name__)
 
 FILES = ("rows.xml", "rows.bin", "head.xml", "head.bin")
+"""What every folder holds; a coupled model's has more."""
 MOST_BYTES = 16 << 30
 """Of all folders together."""
 _LIST = "files.json"
@@ -119,11 +120,11 @@ def check(folder: Path) -> None:
         ValueError: if others than this user could have written to it.
         DamagedError: if a file is.
     """
-    for path in (folder, *(folder / name for name in (_LIST, *FILES) if (folder / name).exists())):
+    for path in (folder, *folder.iterdir()):
         _check_owner(path)
     try:
         listed = json.loads((folder / _LIST).read_text())
-        for name in FILES:
+        for name in {*FILES, *listed}:
             if _described(folder / name) != listed[name]:
                 raise DamagedError(f"{name} is not what was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -135,7 +136,7 @@ def write(folder: Path, fill: Callable[[Path], None]) -> None:
 
     Args:
         folder: its place.
-        fill: writes `FILES` into a folder that it is given.
+        fill: writes `FILES`, and more, into a folder that it is given.
 
     Raises:
         ValueError: if there is no room, or no right to write there.
@@ -146,10 +147,11 @@ def write(folder: Path, fill: Callable[[Path], None]) -> None:
         _delete_unfinished(folder.parent)
         part.mkdir(mode=0o700)
         fill(part)
-        for name in FILES:
-            os.chmod(part / name, 0o600)
+        files = sorted(part.iterdir())
+        for file in files:
+            os.chmod(file, 0o600)
         (part / _LIST).touch(mode=0o600)
-        (part / _LIST).write_text(json.dumps({name: _described(part / name) for name in FILES}, indent=1))
+        (part / _LIST).write_text(json.dumps({file.name: _described(file) for file in files}, indent=1))
         _move(part, folder)
     except OSError as error:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A model's forward of rows, and its head, as OpenVINO's graphs.
+"""A model's forward of rows, its head and its coupling, as OpenVINO's graphs.
 
 Traced once by torch.export with all sizes dynamic: batch, rows, content rows among them, and what is stored. Keys and
 values of earlier forwards come in, those of this one's content rows go out; where they are kept is the caller's
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from anyorder.core.layout import Rows
 from anyorder.model.attention import Block, additive, for_heads
 from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.model.coupling import MemberNetwork
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.model.lm_head import head_of
 
@@ -162,6 +163,50 @@ def exported_head(model: AnyOrderPreTrainedModel) -> ov.Model:
     graph.get_parameters()[0].set_partial_shape(ov.PartialShape([-1, size]))
     graph.validate_nodes_and_infer_types()
     return graph
+
+
+class _Members(nn.Module):
+    """What the members of a group before a position say of its logits, where the head is linear.
+
+    Args:
+        network: of the coupling.
+        of_codes: of its `logits_of_codes`.
+        constant: (V,), added to that; None: nothing.
+    """
+
+    def __init__(self, network: MemberNetwork, of_codes: Tensor, constant: Tensor | None):
+        super().__init__()
+        self.network, self._constant = network, constant
+        self.register_buffer("of_codes", of_codes)
+
+    def forward(self, hidden: Tensor, summed: Tensor) -> Tensor:
+        added = nn.functional.linear(self.network.code_of(hidden, summed), cast(Tensor, self.of_codes))
+        return added if self._constant is None else added + self._constant
+
+
+def exported_members(model: AnyOrderPreTrainedModel) -> dict[str, ov.Model]:
+    """Of a coupled model: what is added to the logits of members ("coupling"), and logits of drafts ("drafts").
+
+    Both take (N, E) hidden states and what `MemberNetwork.summed` makes of the members. Where the head caps its logits
+    or the model has no such network there is no graph.
+    """
+    found: dict[str, ov.Model] = {}
+    coupling = model.coupling
+    for name, network in (("coupling", coupling), ("drafts", coupling and coupling.drafts)):
+        made = None if network is None else network.logits_of_codes(model.head)
+        if network is None or made is None:
+            continue
+        constant, of_codes = made
+        size, (kinds, _, embedding) = network.state.in_features, network.members.shape
+        module = _Members(network, of_codes.float(), constant if name == "drafts" else None)
+        inputs = (torch.zeros(2, size), torch.zeros(2, kinds, embedding))
+        dynamic = ({0: torch.export.Dim.DYNAMIC},) * 2
+        graph = _converted(module, inputs, dynamic)
+        for parameter, shape in zip(graph.get_parameters(), ([-1, size], [-1, kinds, embedding]), strict=True):
+            parameter.set_partial_shape(ov.PartialShape(shape))
+        graph.validate_nodes_and_infer_types()
+        found[name] = graph
+    return found
 
 
 def _converted(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ov.Model:

@@ -32,7 +32,8 @@ def closed(graph: ov.Model) -> ov.Model:
     """The graph without what adapters add: for rows whose gates are all closed."""
     twin = graph.clone()
     for update in _updates(twin):
-        _replace(update.total.output(0), update.base)
+        is_joined = update.down.get_type_name() == "VariadicSplit"
+        _replace(update.total.output(0), _product_alone(update.down) if is_joined else update.base)
     (gates,) = (parameter for parameter in twin.get_parameters() if parameter.get_friendly_name() == "gates")
     if not gates.output(0).get_target_inputs():
         return twin
@@ -41,18 +42,22 @@ def closed(graph: ov.Model) -> ov.Model:
 
 
 def join(graph: ov.Model) -> None:
-    """Linear layers of the same input become one, in place, and so do the adapters beside them."""
+    """Linear layers of the same input become one, in place, with what adapters beside them make of it; so do what those
+    add to them."""
     beside = {_linear(update.base): update for update in _updates(graph)}
+    adapters = {part for update in beside.values() for part in (update.up, update.down)}
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for node in graph.get_ordered_ops():
-        if _is_linear(node) and node not in {update.up for update in beside.values()}:
+        if _is_linear(node) and node not in adapters:
             source = node.input_value(0)
             groups.setdefault((source.get_node(), source.get_index()), []).append(node)
-    down = {update.down for update in beside.values()}
     for layers in groups.values():
-        layers = [layer for layer in layers if layer not in down]
-        if len(layers) > 1:
-            _join(layers, [beside[layer] for layer in layers if layer in beside])
+        updates = [beside[layer] for layer in layers if layer in beside]
+        gates = {(update.gate.get_node(), update.gate.get_index()) for update in updates}
+        if len(updates) < len(layers) or len(gates) > 1:
+            updates = []
+        if len(layers) > 1 or updates:
+            _join(layers, updates)
     graph.validate_nodes_and_infer_types()
 
 
@@ -72,27 +77,58 @@ def in_bfloat16(graph: ov.Model) -> None:
     for node in graph.get_ordered_ops():
         if _has_weights(node):
             weight = torch.from_numpy(_constant(node).copy()).bfloat16()
-            bits = weight.view(torch.int16).numpy()  # numpy has no bfloat16
-            constant = ov.op.Constant(ov.Tensor(bits, ov.Shape(list(weight.shape)), ov.Type.bf16), shared_memory=False)
+            constant = _bfloat16(weight.view(torch.int16).numpy())
             node.input(1).replace_source_output(ops.convert(constant, "f32").output(0))
     graph.validate_nodes_and_infer_types()
 
 
 def _join(layers: list[Any], updates: list[_Update]) -> None:
+    """One product instead of those of layers of the same input, each with an update or none of them."""
     x = layers[0].input_value(0)
-    weights = [_constant(layer) for layer in layers]
+    sizes = [len(_constant(layer)) for layer in layers]
+    weights = [_constant(node) for node in (*layers, *(update.down for update in updates))]
     whole = _product(x, np.concatenate(weights)).output(0)
-    gates = {(update.gate.get_node(), update.gate.get_index()) for update in updates}
-    if len(updates) == len(layers) and len(gates) == 1:
-        inner = _product(x, np.concatenate([_constant(update.down) for update in updates])).output(0)
-        up = _product(ops.multiply(inner, updates[0].gate).output(0), _diagonal([_constant(u.up) for u in updates]))
+    if updates:
+        parts = _split(whole, [sum(sizes), sum(map(len, weights)) - sum(sizes)])
+        inner = ops.multiply(parts.output(1), updates[0].gate).output(0)
+        added = _product(inner, _diagonal([_constant(update.up) for update in updates]))
         for update in updates:
             _replace(update.total.output(0), update.base)
-        whole = ops.add(whole, up).output(0)
-    axis, sizes = np.int64(-1), np.array([len(weight) for weight in weights], dtype=np.int64)
-    parts = ops.variadic_split(whole, axis, sizes)
-    for number, layer in enumerate(layers):
-        _replace(layer.output(0), parts.output(number))
+        whole = ops.add(parts.output(0), added).output(0)
+    outputs = [whole] if len(layers) == 1 else _split(whole, sizes).outputs()
+    for layer, output in zip(layers, outputs, strict=True):
+        _replace(layer.output(0), output)
+
+
+def _split(output: Any, sizes: list[int]) -> Any:
+    """Parts of the last axis."""
+    return ops.variadic_split(output, np.int64(-1), np.array(sizes, dtype=np.int64))
+
+
+def _product_alone(split: Any) -> Any:
+    """The first part of a split product, by a product that makes nothing else."""
+    product = split.input_value(0).get_node()
+    count = split.output(0).get_partial_shape()[-1].get_length()
+    weight = _first_rows(product.input_value(1).get_node(), count)
+    return ops.matmul(product.input_value(0), weight, False, True).output(0)
+
+
+def _first_rows(node: Any, count: int) -> Any:
+    """The first rows of a matrix of weights, in whatever dtype they are kept."""
+    kind = node.get_type_name()
+    if kind == "Convert":
+        return ops.convert(_first_rows(node.input_value(0).get_node(), count), node.get_element_type().to_string())
+    if kind == "Multiply":
+        return ops.multiply(*(_first_rows(node.input_value(i).get_node(), count) for i in (0, 1)))
+    data = np.ascontiguousarray(node.data[:count])
+    if node.get_element_type() != ov.Type.bf16:
+        return ops.constant(data)
+    return _bfloat16(data.view(np.int16))
+
+
+def _bfloat16(bits: np.ndarray[Any, Any]) -> Any:
+    """A constant; numpy has no bfloat16."""
+    return ov.op.Constant(ov.Tensor(bits, ov.Shape(list(bits.shape)), ov.Type.bf16), shared_memory=False)
 
 
 def _updates(graph: ov.Model) -> list[_Update]:

@@ -17,7 +17,7 @@ from anyorder.runtime.openvino.processor import has_amx
 
 logger = logging.getLogger(__name__)
 
-STEPS = ("exporting rows", "joining layers", "exporting the head", "compressing weights", "writing")
+STEPS = ("exporting rows", "joining layers", "exporting head and coupling", "compressing weights", "writing")
 Report = Callable[[str], None]
 
 
@@ -45,7 +45,7 @@ def prepare(
     logger.info("preparing the model for OpenVINO once, to %s", folder)
 
     def fill(part: Path) -> None:
-        from anyorder.runtime.openvino.export import exported_head, exported_rows, in_float32
+        from anyorder.runtime.openvino.export import exported_head, exported_members, exported_rows, in_float32
 
         with _readable_errors(model), in_float32(model) as plain:
             report(STEPS[0])
@@ -53,14 +53,15 @@ def prepare(
             report(STEPS[1])
             join(rows)
             report(STEPS[2])
-            head = exported_head(plain)
+            graphs = {"rows": rows, "head": exported_head(plain), **exported_members(plain)}
             report(STEPS[3])
-            for graph, name in ((rows, "rows"), (head, "head")):
+            for graph in graphs.values():
                 if weights == "int8":
                     in_int8(graph)
                 elif weights == "bfloat16":
                     in_bfloat16(graph)
-                report(STEPS[4])
+            report(STEPS[4])
+            for name, graph in graphs.items():
                 ov.save_model(graph, part / f"{name}.xml", compress_to_fp16=False)
 
     cache.write(folder, fill)

@@ -62,7 +62,12 @@ class OpenVINORunner(ModelRunner):
         self._whole = self._core.read_model(folder / "rows.xml")  # reads weights when they are needed
         self._graphs: dict[bool, Any] = {}
         self._sizes = _sizes_of_keys_and_values(self._whole)
-        self._head = self._compiled(self._core.read_model(folder / "head.xml"))
+        self._head = self._compiled(self._core.read_model(folder / "head.xml")).create_infer_request()
+        self._members = {
+            name: self._compiled(self._core.read_model(folder / f"{name}.xml")).create_infer_request()
+            for name in ("coupling", "drafts")
+            if (folder / f"{name}.xml").is_file()
+        }
         self._requests: WeakKeyDictionary[KeyValueStore, _Requests] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -112,9 +117,35 @@ class OpenVINORunner(ModelRunner):
         logits = torch.empty(len(hidden), self.model.vocabulary_size)
         if not len(hidden):
             return logits
-        request = self._head.create_infer_request()
+        request = self._head
         hidden = hidden.float().contiguous()
         request.set_input_tensor(_shared(hidden))
+        request.set_output_tensor(_shared(logits))
+        self.infer(request)
+        return logits
+
+    def coupled_logits(self, hidden: Tensor, logits: Tensor, members: Tensor, distances: Tensor) -> Tensor:
+        if "coupling" not in self._members:
+            return super().coupled_logits(hidden, logits, members, distances)
+        return self._of_members("coupling", hidden, members, distances).add_(logits)
+
+    def draft_logits(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
+        if "drafts" not in self._members:
+            return super().draft_logits(hidden, members, distances)
+        return self._of_members("drafts", hidden, members, distances)
+
+    def _of_members(self, name: str, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
+        """(N, V) float32: see `export.exported_members`."""
+        coupling = self.model.coupling
+        network = coupling.drafts if coupling is not None and name == "drafts" else coupling
+        assert network is not None
+        members, distances = members[:, : network.window], distances[:, : network.window]
+        with torch.no_grad():
+            summed = network.summed(members, distances, self.model.get_input_embeddings()).float()
+        logits, hidden = torch.empty(len(hidden), self.model.vocabulary_size), hidden.float().contiguous()
+        request = self._members[name]
+        request.set_input_tensor(0, _shared(hidden))
+        request.set_input_tensor(1, _shared(summed))
         request.set_output_tensor(_shared(logits))
         self.infer(request)
         return logits
