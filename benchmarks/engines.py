@@ -22,6 +22,7 @@ from anyorder import DEFAULT_MODEL, load
 from anyorder.core.layout import Rows
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.engines import runner_for
+from anyorder.runtime.processor import describe
 from anyorder.runtime.runner import ModelRunner
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     lines = [
         f"    {shlex.join(['python', *sys.argv])}",
         "",
-        f"{_processor()}, {torch.get_num_threads()} threads; ms a step with the head over all its rows",
+        f"{describe()}; ms a step with the head over all its rows",
         "",
         "| engine | " + " | ".join(f"R={rows}" + ", adapters" * is_open for rows, is_open in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -90,17 +91,6 @@ def _rows(first: int, count: int, content: int, is_open: bool) -> Rows:
     reach = (where + 1).clamp(max=first + content)
     gates = every if is_open else ~every
     return Rows(torch.full_like(where, 5), every, where, lo=where * 0, hi=reach, gates=gates, ranks=ranks)
-
-
-def _processor() -> str:
-    described = Path("/proc/cpuinfo")
-    if not described.is_file():
-        return "unknown processor"
-    lines = described.read_text().splitlines()
-    found = {line.partition(":")[0].strip(): line.partition(":")[2] for line in lines}
-    flags = found.get("flags", "").split()
-    has = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if name in flags]
-    return f"{found.get('model name', '').strip()} ({', '.join(has)})"
 
 
 if __name__ == "__main__":

@@ -9,17 +9,18 @@ import os
 import pytest
 import torch
 
-from anyorder import AnyOrderForCausalLM, Factorization, policies
+from anyorder import AnyOrderForCausalLM, Factorization, load, policies
 from anyorder.core.layout import lay_out
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime import engines
+from anyorder.runtime.processor import has_amx
 from anyorder.runtime.runner import EagerRunner
 from architectures import ARCHITECTURES, VOCABULARY, converted, couple, gated
 from decoding_runs import generator, run
 
 pytest.importorskip("openvino", reason="needs anyorder[openvino]")
 
-from anyorder.runtime.openvino import cache, prepare, processor
+from anyorder.runtime.openvino import cache, prepare
 from anyorder.runtime.openvino import graph as openvino_graph
 
 pytestmark = [
@@ -145,7 +146,7 @@ def test_a_runner_refuses_changed_weights(models):
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16"])
 def test_fewer_bits_are_nearly_the_same(models, weights):
-    if weights == "bfloat16" and not processor.has_amx():
+    if weights == "bfloat16" and not has_amx():
         pytest.skip("bfloat16 needs AMX")
     model = models("gated")
     found = run(model, IDS, ORDER, engine="openvino", weights=weights, forced_ids=IDS).log_probs
@@ -156,7 +157,7 @@ def test_fewer_bits_are_nearly_the_same(models, weights):
 @pytest.mark.parametrize("weights", ["float32", "int8", "bfloat16"])
 def test_rows_with_closed_gates_are_the_same_without_adapters(models, monkeypatch, weights):
     """The graph whose weights are cut down to what the base has, in each dtype of weights."""
-    if weights == "bfloat16" and not processor.has_amx():
+    if weights == "bfloat16" and not has_amx():
         pytest.skip("bfloat16 needs AMX")
     model = models("gated")
     runner, layout = engines.runner_for(model, "openvino", weights), lay_out(IDS, ORDER, "exact")
@@ -192,6 +193,15 @@ def test_auto_takes_what_is_prepared_and_prepares_nothing(models):
     engines.runner_for(model, "openvino", "float32")
     assert type(engines.runner_for(model, "auto", "float32")).__name__ == "OpenVINORunner"
     assert type(engines.runner_for(copy.deepcopy(converted("llama", "paper")))) is EagerRunner
+
+
+def test_a_model_is_loaded_for_an_engine(checkpoint, tmp_path):
+    model, _ = load(str(checkpoint), engine="openvino", weights="float32")
+    runner = engines.runner_for(model)
+    assert (type(runner).__name__, runner.weights) == ("OpenVINORunner", "float32")
+    assert type(engines.runner_for(model, "eager")) is EagerRunner
+    with pytest.raises(ValueError, match="did you mean 'openvino'"):
+        load(str(tmp_path / "nothing"), engine="openvin")  # before it looks for a model
 
 
 @pytest.mark.parametrize(

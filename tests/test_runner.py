@@ -7,6 +7,7 @@ are theirs, the arithmetic is eager PyTorch's.
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from anyorder import AnyOrderForCausalLM, Factorization, policies
 from anyorder.core.layout import lay_out
 from anyorder.model.adapters import Adapter
 from anyorder.model.kv_cache import KeyValueStore
-from anyorder.runtime import cuda_graphs, engines
+from anyorder.runtime import cuda_graphs, engines, processor
 from anyorder.runtime.runner import EagerRunner
 from anyorder.runtime.static_shapes import MOST_ROWS, StaticRunner
 from architectures import VOCABULARY, base_model, converted, gated
@@ -214,3 +215,21 @@ def test_a_whole_model_under_torch_compile_runs_eagerly():
     order = Factorization.stack([Factorization.random(T, 2, given=4, generator=generator(1))] * 2)
     compiled = torch.compile(model)
     assert torch.equal(compiled(IDS, order, labels=IDS).loss, model(IDS, order, labels=IDS).loss)
+
+
+def test_the_processor_is_told_by_class(monkeypatch):
+    has = dict.fromkeys(("_is_amx_tile_supported", "_is_vnni_supported", "_is_avx512_supported", "_is_avx2_supported"))
+    for name in has:
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: bool(has[name]))
+    found = [processor.processor_class()]
+    for name in reversed(list(has)):
+        if name == "_is_vnni_supported":  # some have it without AVX-512
+            has["_is_avx512_supported"] = False
+            has[name] = True
+            assert processor.processor_class() == "avx2"
+            has["_is_avx512_supported"] = True
+        has[name] = True
+        found.append(processor.processor_class())
+    assert found == list(reversed(processor.CLASSES))
+    assert 1 <= processor.threads() <= torch.get_num_threads()
+    assert re.search(r"\(amx\), \d+ cores, \d+ threads", processor.describe())

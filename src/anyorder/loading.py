@@ -13,6 +13,7 @@ from anyorder.hub.reach import check_reachable
 from anyorder.hub.resolve import DEFAULT_MODEL, cannot_load, find_base, resolve
 from anyorder.model.configuration import AnyOrderConfig, hub_arguments, of_any_repository
 from anyorder.modeling import AnyOrderForCausalLM
+from anyorder.runtime.engines import check_engine, prefer
 
 Model = TypeVar("Model", bound=ConvertedModel)
 
@@ -40,6 +41,8 @@ def load(
     base_model: str | None = None,
     *,
     model_class: type[ConvertedModel] = AnyOrderForCausalLM,
+    engine: str = "auto",
+    weights: str | None = None,
     **kwargs: Any,
 ) -> tuple[ConvertedModel, PreTrainedTokenizerBase]:
     """A converted model in evaluation mode and its tokenizer.
@@ -49,11 +52,13 @@ def load(
         recipe: "exact" (default) or "paper", for a plain causal LM; a converted one has its own.
         base_model: of an adapter whose base has moved: where it is, as a name, directory or GGUF file.
         model_class: of the result; controls have classes of their own.
+        engine, weights: what runs decoding steps unless `generate` is told otherwise, made ready here; as there.
         kwargs: passed on to loading (dtype, device_map, revision, attn_implementation, adapter, ...).
 
     Raises:
-        ValueError: if there is nothing at `name_or_path`, or it cannot be converted.
+        ValueError: if there is nothing at `name_or_path`, it cannot be converted, or the engine cannot run it.
     """
+    check_engine(engine, weights)
     location = resolve(name_or_path)
     check_reachable(name_or_path, location, kwargs)
     try:
@@ -78,7 +83,10 @@ def load(
         if base_model is not None:
             raise ValueError(f"{name_or_path} is a plain causal LM, not an adapter: it has no base_model")
         model = model_class.from_causal_lm(name_or_path, recipe=recipe or "exact", **kwargs)
-    return model.eval(), tokenizer
+    model.eval()
+    if (engine, weights) != ("auto", None):
+        prefer(model, engine, weights)
+    return model, tokenizer
 
 
 def _check_adapter(name: str, config: AnyOrderConfig, wanted: Any) -> None:

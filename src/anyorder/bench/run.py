@@ -81,12 +81,11 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     """
     import json
 
-    import torch
-
     from anyorder.bench import report
     from anyorder.bench.decoders import HuggingFace
     from anyorder.bench.measure import measure
     from anyorder.bench.others import check, others
+    from anyorder.runtime.processor import describe
 
     _check_installed(options)
     sampling = _sampling(options)
@@ -107,7 +106,7 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     names = ("model", "dtype", "device", "prompt_tokens", "new_tokens", "seed")
     settings = {"command": options.as_typed} | {name: getattr(options, name) for name in names}
     settings["sampling"] = "greedy" if sampling is None else ", ".join(f"{k} {v}" for k, v in sampling.items())
-    settings |= {"prompts": len(ids), "prompt_file": options.prompt_file, "threads": torch.get_num_threads()}
+    settings |= {"prompts": len(ids), "prompt_file": options.prompt_file, "processor": describe()}
     # Printed before anything is written: a file that cannot be written loses no measurement.
     print(json.dumps({"settings": settings, "results": records}) if options.json else report.explained(records))
     files = report.write(records, settings, options.output)

@@ -36,14 +36,16 @@ def runner_for(model: AnyOrderPreTrainedModel, engine: str = "auto", weights: st
 
     Args:
         model: a converted model.
-        engine: of `ENGINES`. "auto" takes OpenVINO where it is installed and the model has been prepared for it,
-            and PyTorch otherwise: it prepares nothing.
+        engine: of `ENGINES`. "auto" takes what the model was loaded for; else OpenVINO where it is installed and the
+            model has been prepared for it, and PyTorch otherwise: it prepares nothing.
         weights: of `WEIGHTS`, for OpenVINO; None: int8, or for "auto" the fastest that has been prepared.
 
     Raises:
         ValueError: for an engine that is not known, not installed, or not for the model's device.
     """
     check_engine(engine, weights)
+    if (engine, weights) == ("auto", None):
+        engine, weights = model.__dict__.get("_preferred_engine", (engine, weights))
     device = model.device.type
     if engine == "auto":
         weights, why = _prepared(model, weights)
@@ -59,6 +61,12 @@ def runner_for(model: AnyOrderPreTrainedModel, engine: str = "auto", weights: st
     if device != "cpu":
         raise ValueError(f"engine='openvino' is for the CPU, the model is on {device!r}: use engine='cuda_graphs'")
     return _openvino(model, weights or DEFAULT_WEIGHTS)
+
+
+def prefer(model: AnyOrderPreTrainedModel, engine: str, weights: str | None = None) -> None:
+    """Let "auto" mean this engine for a model from now on, and make it ready: see `runner_for`."""
+    runner_for(model, engine, weights)
+    model.__dict__["_preferred_engine"] = engine, weights
 
 
 def compiled_engine(model: AnyOrderPreTrainedModel) -> str:

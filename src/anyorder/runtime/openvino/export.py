@@ -184,13 +184,12 @@ class _Members(nn.Module):
         return added if self._constant is None else added + self._constant
 
 
-def exported_members(model: AnyOrderPreTrainedModel) -> dict[str, ov.Model]:
+def exported_members(model: AnyOrderPreTrainedModel) -> Iterator[tuple[str, ov.Model]]:
     """Of a coupled model: what is added to the logits of members ("coupling"), and logits of drafts ("drafts").
 
     Both take (N, E) hidden states and what `MemberNetwork.summed` makes of the members. Where the head caps its logits
     or the model has no such network there is no graph.
     """
-    found: dict[str, ov.Model] = {}
     coupling = model.coupling
     for name, network in (("coupling", coupling), ("drafts", coupling and coupling.drafts)):
         made = None if network is None else network.logits_of_codes(model.head)
@@ -205,8 +204,9 @@ def exported_members(model: AnyOrderPreTrainedModel) -> dict[str, ov.Model]:
         for parameter, shape in zip(graph.get_parameters(), ([-1, size], [-1, kinds, embedding]), strict=True):
             parameter.set_partial_shape(ov.PartialShape(shape))
         graph.validate_nodes_and_infer_types()
-        found[name] = graph
-    return found
+        del made, constant, of_codes, module
+        yield name, graph
+        del graph
 
 
 def _converted(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ov.Model:

@@ -41,9 +41,14 @@ def closed(graph: ov.Model) -> ov.Model:
     return ov.Model(twin.get_results(), twin.get_parameters(), twin.get_friendly_name())
 
 
-def join(graph: ov.Model) -> None:
-    """Linear layers of the same input become one, in place, with what adapters beside them make of it; so do what those
-    add to them."""
+def join(graph: ov.Model, weights: str = "float32") -> None:
+    """Linear layers of the same input become one, in place, with what adapters beside them make of it; so does what
+    those add to them.
+
+    Args:
+        graph: with weights in float32.
+        weights: of `WEIGHTS`, in which joined layers keep theirs: all of them in float32 once more would be too much.
+    """
     beside = {_linear(update.base): update for update in _updates(graph)}
     adapters = {part for update in beside.values() for part in (update.up, update.down)}
     groups: dict[tuple[Any, ...], list[Any]] = {}
@@ -57,41 +62,53 @@ def join(graph: ov.Model) -> None:
         if len(updates) < len(layers) or len(gates) > 1:
             updates = []
         if len(layers) > 1 or updates:
-            _join(layers, updates)
+            _join(layers, updates, weights)
     graph.validate_nodes_and_infer_types()
 
 
-def in_int8(graph: ov.Model) -> None:
-    """Weights of linear layers in 8 bits, in place: whole numbers from -127 to 127 and a scale for each output."""
-    for node in graph.get_ordered_ops():
-        if _has_weights(node):
-            weight, axis = _constant(node), 1 if node.get_attributes()["transpose_b"] else 0
-            scale = np.maximum(np.abs(weight).max(axis=axis, keepdims=True), 1e-30) / np.float32(127)
-            whole = ops.convert(ops.constant(np.rint(weight / scale).astype(np.int8)), "f32")
-            node.input(1).replace_source_output(ops.multiply(whole, ops.constant(scale)).output(0))
-    graph.validate_nodes_and_infer_types()
+def compress(graph: ov.Model, weights: str) -> None:
+    """Weights of linear layers in fewer bits, in place.
+
+    Args:
+        graph: with weights in float32.
+        weights: of `WEIGHTS`. int8: whole numbers from -127 to 127 and a scale for each output.
+    """
+    if weights != "float32":
+        for node in graph.get_ordered_ops():
+            if _has_weights(node):
+                node.input(1).replace_source_output(_weights(_constant(node), weights, _output_axis(node)).output(0))
+        graph.validate_nodes_and_infer_types()
 
 
-def in_bfloat16(graph: ov.Model) -> None:
-    """Weights of linear layers in bfloat16, in place."""
-    for node in graph.get_ordered_ops():
-        if _has_weights(node):
-            weight = torch.from_numpy(_constant(node).copy()).bfloat16()
-            constant = _bfloat16(weight.view(torch.int16).numpy())
-            node.input(1).replace_source_output(ops.convert(constant, "f32").output(0))
-    graph.validate_nodes_and_infer_types()
+def _weights(matrix: np.ndarray[Any, Any], weights: str, outputs: int = 0) -> Any:
+    """A matrix as a node of float32.
+
+    Args:
+        matrix: in float32.
+        weights: in what it is kept.
+        outputs: the axis of a layer's outputs.
+    """
+    if weights == "bfloat16":
+        bits = torch.from_numpy(matrix.copy()).bfloat16().view(torch.int16).numpy()
+        return ops.convert(_bfloat16(bits), "f32")
+    if weights == "int8":
+        scale = np.maximum(np.abs(matrix).max(axis=1 - outputs, keepdims=True), 1e-30) / np.float32(127)
+        whole = matrix / scale
+        whole = np.rint(whole, out=whole).astype(np.int8)
+        return ops.multiply(ops.convert(ops.constant(whole), "f32"), ops.constant(scale))
+    return ops.constant(matrix)
 
 
-def _join(layers: list[Any], updates: list[_Update]) -> None:
+def _join(layers: list[Any], updates: list[_Update], kept: str) -> None:
     """One product instead of those of layers of the same input, each with an update or none of them."""
     x = layers[0].input_value(0)
     sizes = [len(_constant(layer)) for layer in layers]
     weights = [_constant(node) for node in (*layers, *(update.down for update in updates))]
-    whole = _product(x, np.concatenate(weights)).output(0)
+    whole = _product(x, np.concatenate(weights), kept)
     if updates:
         parts = _split(whole, [sum(sizes), sum(map(len, weights)) - sum(sizes)])
         inner = ops.multiply(parts.output(1), updates[0].gate).output(0)
-        added = _product(inner, _diagonal([_constant(update.up) for update in updates]))
+        added = _product(inner, _diagonal([_constant(update.up) for update in updates]), kept)
         for update in updates:
             _replace(update.total.output(0), update.base)
         whole = ops.add(parts.output(0), added).output(0)
@@ -178,8 +195,12 @@ def _constant(node: Any) -> np.ndarray[Any, Any]:
     return np.asarray(node.input_value(1).get_node().data)
 
 
-def _product(x: Any, weight: np.ndarray[Any, Any]) -> Any:
-    return ops.matmul(x, ops.constant(weight), False, True)
+def _output_axis(node: Any) -> int:
+    return 0 if node.get_attributes()["transpose_b"] else 1
+
+
+def _product(x: Any, matrix: np.ndarray[Any, Any], kept: str) -> Any:
+    return ops.matmul(x, _weights(matrix, kept), False, True).output(0)
 
 
 def _diagonal(blocks: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

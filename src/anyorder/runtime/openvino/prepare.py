@@ -12,12 +12,12 @@ import openvino as ov
 
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.runtime.openvino import cache
-from anyorder.runtime.openvino.graph import in_bfloat16, in_int8, join
-from anyorder.runtime.openvino.processor import has_amx
+from anyorder.runtime.openvino.graph import compress, join
+from anyorder.runtime.processor import has_amx
 
 logger = logging.getLogger(__name__)
 
-STEPS = ("exporting rows", "joining layers", "exporting head and coupling", "compressing weights", "writing")
+STEPS = ("exporting rows", "joining layers", "writing rows", "exporting head and coupling")
 Report = Callable[[str], None]
 
 
@@ -44,28 +44,32 @@ def prepare(
         shutil.rmtree(folder, ignore_errors=True)
     logger.info("preparing the model for OpenVINO once, to %s", folder)
 
-    def fill(part: Path) -> None:
-        from anyorder.runtime.openvino.export import exported_head, exported_members, exported_rows, in_float32
-
-        with _readable_errors(model), in_float32(model) as plain:
-            report(STEPS[0])
-            rows = exported_rows(plain)
-            report(STEPS[1])
-            join(rows)
-            report(STEPS[2])
-            graphs = {"rows": rows, "head": exported_head(plain), **exported_members(plain)}
-            report(STEPS[3])
-            for graph in graphs.values():
-                if weights == "int8":
-                    in_int8(graph)
-                elif weights == "bfloat16":
-                    in_bfloat16(graph)
-            report(STEPS[4])
-            for name, graph in graphs.items():
+    def write(part: Path) -> None:
+        with _readable_errors(model):
+            for name, graph in _graphs(model, weights, report):
+                compress(graph, weights)
                 ov.save_model(graph, part / f"{name}.xml", compress_to_fp16=False)
+                del graph  # before the next one is made
 
-    cache.write(folder, fill)
+    cache.write(folder, write)
     return folder
+
+
+def _graphs(model: AnyOrderPreTrainedModel, weights: str, report: Report) -> Iterator[tuple[str, ov.Model]]:
+    """Names and graphs, one at a time, so that no two are held at once."""
+    from anyorder.runtime.openvino.export import exported_head, exported_members, exported_rows, in_float32
+
+    with in_float32(model) as plain:
+        report(STEPS[0])
+        rows = exported_rows(plain)
+        report(STEPS[1])
+        join(rows, weights)
+        report(STEPS[2])
+        yield "rows", rows
+        del rows
+        report(STEPS[3])
+        yield "head", exported_head(plain)
+        yield from exported_members(plain)
 
 
 @contextmanager
