@@ -115,17 +115,17 @@ def test_sampling_is_seeded_and_each_text_has_its_own_seed(capsys, checkpoint):
 def test_engines_are_asked_for(capsys, caplog, checkpoint, monkeypatch, command):
     asked = []
 
-    def eager(model, *names):  # what engines do is tested where they are made
-        asked.append(names)
+    def eager(model, weights):  # what engines do is tested where they are made
+        asked.append(weights)
         return EagerRunner(model)
 
-    monkeypatch.setattr("anyorder.decoding.request.runner_for", eager)
+    monkeypatch.setattr("anyorder.runtime.engines._openvino", eager)
     for options in ((), ("--engine", "openvino", "--weights", "float32")):
         assert run(capsys, *command, "--model", checkpoint, *options)[0] == 0
         assert "compile" not in caplog.text
     assert run(capsys, *command, "--model", checkpoint, "--compile")[0] == 0
     assert "compile=True is now engine='openvino', and will go" in caplog.text
-    assert asked == [("auto", None), ("openvino", "float32"), ("openvino", None)]
+    assert asked == ["float32", "float32", "int8"]  # once to be ready
 
 
 def test_score(capsys, checkpoint):
@@ -236,7 +236,7 @@ def test_a_line_that_cannot_be_used_loses_no_other(capsys, checkpoint, monkeypat
 
 def test_lines_that_are_all_empty_load_no_model(capsys, monkeypatch):
     for command in ("infill", "score", "generate"):
-        monkeypatch.setattr(f"anyorder.cli.{command}.load_model", None)
+        monkeypatch.setattr(f"anyorder.cli.{command}.load_{'model' if command == 'score' else 'ready'}", None)
         pipe(monkeypatch, b"\n\n")
         assert run(capsys, command, "--lines") == (0, "\n\n", "")
 

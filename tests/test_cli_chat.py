@@ -88,5 +88,5 @@ def test_a_model_that_ends_at_once_says_so(capsys, checkpoint, instruct, monkeyp
 
 @pytest.mark.smollm2
 def test_the_built_in_model_answers(capsys, smollm2, monkeypatch):
-    monkeypatch.setattr("anyorder.cli.generate.load_model", lambda options: smollm2)
+    monkeypatch.setattr("anyorder.cli.generate.load_ready", lambda options: smollm2)
     assert "Paris" in run(capsys, "generate", "--chat", "What is the capital of France?")[1]

@@ -60,7 +60,7 @@ BEFORE_A_MODEL = [
 @pytest.mark.parametrize(("arguments", "message"), BEFORE_A_MODEL)
 def test_an_error_is_one_line_and_exit_code_2_before_a_model_is_loaded(capsys, monkeypatch, arguments, message):
     for command in ("infill", "generate", "score"):
-        monkeypatch.setattr(f"anyorder.cli.{command}.load_model", None)
+        monkeypatch.setattr(f"anyorder.cli.{command}.load_{'model' if command == 'score' else 'ready'}", None)
     code, out, errors = run(capsys, *arguments)
     assert code == 2
     assert not out
@@ -162,7 +162,7 @@ def test_an_interrupt_is_one_word(capsys, checkpoint, monkeypatch, moment):
         raise KeyboardInterrupt
 
     if moment == "while a model is loaded":
-        monkeypatch.setattr("anyorder.cli.infill.load_model", interrupt)
+        monkeypatch.setattr("anyorder.cli.infill.load_ready", interrupt)
     else:
         monkeypatch.setattr("anyorder.infill.infiller.generate_from", interrupt)
     assert run(capsys, "infill", "a ___", "b ___", "--length", 1, "--model", checkpoint) == (130, "", "interrupted")

@@ -212,7 +212,7 @@ def test_a_run_that_was_killed_goes_on_and_counts_nothing_twice(checkpoint, data
         for a, b in zip(one, other, strict=True):
             assert a.keys() == b.keys()
             assert all(a[k] == pytest.approx(b[k], abs=1e-4) for k in a)
-    monkeypatch.setattr("anyorder.cli.eval.load_model", None)  # all is done: no model is needed
+    monkeypatch.setattr("anyorder.cli.eval.load_ready", None)  # all is done: no model is needed
     assert evaluate(checkpoint, data, tmp_path / "out", "--batch-size", "3") == 0
     capsys.readouterr()
 
@@ -254,7 +254,7 @@ def test_two_runs_are_compared_item_by_item(checkpoint, data, tmp_path, capsys):
 )  # fmt: skip
 def test_mistakes_are_told_before_a_model_is_loaded(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("anyorder.cli.eval.load_model", None)
+    monkeypatch.setattr("anyorder.cli.eval.load_ready", None)
     (tmp_path / "bad.jsonl").write_text(json.dumps(RECORDS["hellaswag"][0]) + "\n{oops\n")
     (tmp_path / "good.jsonl").write_text(json.dumps(RECORDS["hellaswag"][0]) + "\n")
     own = {

@@ -199,7 +199,7 @@ def test_the_audit_by_the_command(checkpoint, tmp_path, capsys):
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("anyorder.cli.eval.load_model", None)
+    monkeypatch.setattr("anyorder.cli.eval.load_ready", None)
     out = ["--out", str(tmp_path / "out")]
     assert main(["eval", "order_taken", *out]) == 2
     assert "say --policy dynamic:criterion=confidence" in capsys.readouterr().err

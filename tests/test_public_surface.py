@@ -79,7 +79,7 @@ OPTIONS = {
     "eval": COMMON
     | MODEL
     | {"--list", "--out", "--data-dir", "--data", "--limit", "--group-size", "--policy", "--batch-size", "--compare"}
-    | {"--execute-code", "--orders", "--seed", "--temperature", "--judge", "--uncoupled"},
+    | {"--execute-code", "--orders", "--seed", "--temperature", "--judge", "--uncoupled", "--engine", "--weights"},
     "fit-lengths": COMMON | DEVICE | {"--train-file", "--blanks", "--seed"},
     "generate": COMMON
     | MODEL

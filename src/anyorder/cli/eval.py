@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from anyorder.cli.model import add_model, load_judge, load_model
-from anyorder.cli.options import add_command, positive
+from anyorder.cli.model import add_model, load_judge, load_ready
+from anyorder.cli.options import add_command, add_engine, positive
 from anyorder.evaluation import run as evaluation
 
 
@@ -22,7 +22,8 @@ def add(subparsers: Any) -> None:
     )
     evaluation.add_options(parser, positive)
     add_model(parser)
+    add_engine(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
-    evaluation.run(options, load_model, load_judge)
+    evaluation.run(options, load_ready, load_judge)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from anyorder.cli.model import add_model, load_model
+from anyorder.cli.model import add_model, load_ready
 from anyorder.cli.options import (
     add_command,
     add_policy,
@@ -64,7 +64,7 @@ def _begin(options: argparse.Namespace, policy: Policy | None) -> Answer:
     from anyorder.infill.prompt import Prompt
     from anyorder.infill.token_bytes import TokenBytes
 
-    model, tokenizer = load_model(options)
+    model, tokenizer = load_ready(options)
     pieces = Pieces(tokenizer)
     token_bytes, special = TokenBytes(pieces, model.vocabulary_size), set(tokenizer.all_special_ids)
 

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from anyorder.cli.blanks import add_blank
-from anyorder.cli.model import add_model, load_model
+from anyorder.cli.model import add_model, load_ready
 from anyorder.cli.options import (
     add_answer_to,
     add_command,
@@ -101,7 +101,7 @@ def _begin(
 ) -> Answer:
     from anyorder.infill.infiller import Infiller
 
-    model, tokenizer = load_model(options)
+    model, tokenizer = load_ready(options)
     infiller = Infiller(model, tokenizer, messages=messages)
     more = (
         {} if options.length is None else {"length": options.length[0] if len(options.length) == 1 else options.length}

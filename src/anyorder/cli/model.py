@@ -57,6 +57,22 @@ def load_model(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCau
     return model.to(device), tokenizer
 
 
+def load_ready(options: argparse.Namespace) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
+    """As `load_model`, the model made ready for --engine and --weights, which run its steps from then on.
+
+    Raises:
+        ValueError: likewise, and if the engine cannot run it; a mistyped one before the model is loaded.
+    """
+    from anyorder.runtime.engines import check_engine, prefer
+
+    asked = options.engine, options.weights
+    check_engine(*asked)
+    model, tokenizer = load_model(options)
+    if asked != ("auto", None):
+        prefer(model, *asked)
+    return model, tokenizer
+
+
 def load_judge(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The plain causal LM that --judge names, as it is, and its tokenizer.
 

@@ -136,20 +136,7 @@ def sampling_options(options: argparse.Namespace, number: int) -> dict[str, Any]
     import torch
 
     generator = torch.Generator().manual_seed(options.seed + number)
-    return {**drawing_of(options), "generator": generator, "compile": options.compile, **engine_of(options)}
-
-
-def engine_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What runs steps, as options of `generate`.
-
-    Raises:
-        ValueError: for a name that is not known.
-    """
-    if options.engine != "auto" or options.weights is not None:
-        from anyorder.runtime.engines import check_engine
-
-        check_engine(options.engine, options.weights)
-    return {"engine": options.engine, "weights": options.weights}
+    return {**drawing_of(options), "generator": generator, "compile": options.compile}
 
 
 # ---------------------------------------------------------------------- chat

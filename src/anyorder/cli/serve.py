@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from anyorder.cli.model import add_model, load_model
+from anyorder.cli.model import add_model, load_ready
 from anyorder.cli.options import add_command, add_engine, positive
 
 
@@ -54,19 +54,17 @@ def _run(options: argparse.Namespace) -> int:
         from anyorder.serving import server
     except ImportError as error:
         raise ValueError(f"serving needs more packages ({error.name}): pip install 'anyorder[serve]'") from error
-    from anyorder.runtime.engines import check_engine, runner_for
+    from anyorder.runtime.engines import runner_for
     from anyorder.serving.api import create_app
     from anyorder.serving.engine import Engine
     from anyorder.serving.service import Service
 
-    check_engine(options.engine, options.weights)
     if options.engine == "cuda_graphs":
         raise ValueError("--engine cuda_graphs: requests come and go, and graphs are of one batch; choose eager")
     keys = server.read_keys(options.api_keys)
     bound = server.listen(options.host, options.port)
-    model, tokenizer = load_model(options)
-    runner = runner_for(model, options.engine, options.weights)
-    engine = Engine(model, options.slots, options.context, options.waiting, runner=runner)
+    model, tokenizer = load_ready(options)
+    engine = Engine(model, options.slots, options.context, options.waiting, runner=runner_for(model))
     app = create_app(Service(model, tokenizer, options.model), engine, keys, options.timeout)
     (address,) = server.addresses([bound])
     print(f"{options.model} at {address} (the page), {address}/v1 (OpenAI), {address}/infill (editors)", flush=True)

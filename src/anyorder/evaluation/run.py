@@ -11,6 +11,7 @@ from typing import Any
 
 _DESCRIBING = (
     "model", "dtype", "device", "group_size", "policy", "uncoupled", "orders", "seed", "temperature", "judge",
+    "engine", "weights",
     "execute_code", "limit", "batch_size",
 )  # fmt: skip
 """Options that are written down beside the results."""

@@ -31,6 +31,7 @@ from anyorder.evaluation.harness.settings import Loading, read
 from anyorder.loading import load
 from anyorder.model.compatibility import context_length
 from anyorder.modeling import AnyOrderForCausalLM
+from anyorder.runtime.engines import prefer
 
 _LOGGER = logging.getLogger(__name__)
 _CONTEXT = 2048
@@ -214,6 +215,8 @@ def _load(loading: Loading) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBas
     device = _device(loading.device)
     model, tokenizer = load(given, **options)
     model.to(device)
+    if (loading.engine, loading.weights) != ("auto", None):
+        prefer(model, loading.engine, loading.weights)
     return model, tokenizer
 
 

@@ -13,6 +13,7 @@ from anyorder.decoding import policies
 from anyorder.decoding.policies import Policy
 from anyorder.decoding.sampling import DRAWING, Sampler
 from anyorder.hub.resolve import DEFAULT_MODEL
+from anyorder.runtime.engines import check_engine
 from anyorder.scoring import TOKENS_AT_ONCE
 
 ORDERS = ("left_to_right", "random")
@@ -30,6 +31,7 @@ class Loading:
         recipe, base_model, revision, attn_implementation: as `load` takes them.
         dtype: of the weights; default: as they were saved.
         device: default: a CUDA device if there is one, else the CPU; of a loaded model, its own.
+        engine, weights: what runs the steps of generation, as of `generate`; of a loaded model, its own.
     """
 
     pretrained: Any = DEFAULT_MODEL
@@ -40,8 +42,11 @@ class Loading:
     attn_implementation: str | None = None
     dtype: str | None = None
     device: str | None = None
+    engine: str = "auto"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
+        check_engine(self.engine, self.weights)
         if self.dtype not in (None, "auto", *DTYPES):
             raise ValueError(f"dtype={self.dtype!r}: use auto, {', '.join(DTYPES)}")
         if isinstance(self.pretrained, str) and self.tokenizer is not None:
