@@ -144,10 +144,15 @@ def test_a_runner_refuses_changed_weights(models):
     assert engines.runner_for(copy.deepcopy(models("gated")), "eager").__class__ is EagerRunner
 
 
-@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
-def test_fewer_bits_are_nearly_the_same(models, weights):
+@pytest.mark.parametrize("weights", ["int8", "bfloat16", "int4"])
+def test_fewer_bits_are_nearly_the_same(models, monkeypatch, weights):
     if weights == "bfloat16" and not has_amx():
         pytest.skip("bfloat16 needs AMX")
+    if weights == "int4":
+        int4 = pytest.importorskip("anyorder.runtime.openvino.int4")
+        pytest.importorskip("nncf", reason="needs anyorder[int4]")
+        monkeypatch.setattr(int4, "GROUP", 16)
+        monkeypatch.setattr(int4, "TOKENS", 24)
     model = models("gated")
     found = run(model, IDS, ORDER, engine="openvino", weights=weights, forced_ids=IDS).log_probs
     error = (found - model.log_likelihood(IDS, ORDER)).abs().max()
@@ -208,7 +213,7 @@ def test_a_model_is_loaded_for_an_engine(checkpoint, tmp_path):
     ("engine", "weights", "message"),
     [
         ("openvin", None, "engine 'openvin' is not known: did you mean 'openvino'"),
-        ("openvino", "int4", "weights 'int4' is not known: did you mean 'int8'"),
+        ("openvino", "int3", "weights 'int3' is not known: did you mean 'int"),
         ("eager", "int8", "weights='int8' is for engine='openvino'"),
         ("cuda_graphs", None, "needs the model on a CUDA device; it is on 'cpu'"),
     ],

@@ -113,7 +113,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine", default="auto", metavar="NAME",
         help="auto, eager, openvino or cuda_graphs; default: auto, which is openvino once the model is prepared for it",
     )  # fmt: skip
-    parser.add_argument("--weights", metavar="DTYPE", help="of openvino: int8, bfloat16 or float32; default: int8")
+    parser.add_argument("--weights", metavar="DTYPE", help="of openvino: int8, bfloat16, float32, int4; default: int8")
 
 
 def drawing_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def add(subparsers: Any) -> None:
         help=f"built-in name, directory, GGUF file or hub id; default: {DEFAULT_MODEL}",
     )  # fmt: skip
     parser.add_argument("--engine", default="openvino", metavar="NAME", help="openvino, the default and the only one")
-    parser.add_argument("--weights", default="int8", metavar="DTYPE", help="int8, bfloat16 or float32; default: int8")
+    parser.add_argument(
+        "--weights", default="int8", metavar="DTYPE", help="int8, bfloat16, float32 or int4; default: int8"
+    )
     parser.add_argument("--overwrite", action="store_true", help="make it anew even if it is there")
     add_device(parser)
 

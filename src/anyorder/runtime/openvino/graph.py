@@ -14,7 +14,7 @@ import openvino as ov
 import openvino.opset13 as ops
 import torch
 
-WEIGHTS = ("float32", "bfloat16", "int8")
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def join(graph: ov.Model, weights: str = "float32") -> None:
     Args:
         graph: with weights in float32.
         weights: of `WEIGHTS`, in which joined layers keep theirs: all of them in float32 once more would be too much.
+            int4: in float32, and without what adapters make of the input, which must not end in 4 bits.
     """
+    kept = "float32" if weights == "int4" else weights
     beside = {_linear(update.base): update for update in _updates(graph)}
     adapters = {part for update in beside.values() for part in (update.up, update.down)}
     groups: dict[tuple[Any, ...], list[Any]] = {}
@@ -59,11 +61,16 @@ def join(graph: ov.Model, weights: str = "float32") -> None:
     for layers in groups.values():
         updates = [beside[layer] for layer in layers if layer in beside]
         gates = {(update.gate.get_node(), update.gate.get_index()) for update in updates}
-        if len(updates) < len(layers) or len(gates) > 1:
+        if len(updates) < len(layers) or len(gates) > 1 or weights == "int4":
             updates = []
         if len(layers) > 1 or updates:
-            _join(layers, updates, weights)
+            _join(layers, updates, kept)
     graph.validate_nodes_and_infer_types()
+
+
+def linear_layers(graph: ov.Model) -> list[Any]:
+    """Products with a constant matrix in float32."""
+    return [node for node in graph.get_ordered_ops() if _has_weights(node)]
 
 
 def compress(graph: ov.Model, weights: str) -> None:
@@ -71,12 +78,12 @@ def compress(graph: ov.Model, weights: str) -> None:
 
     Args:
         graph: with weights in float32.
-        weights: of `WEIGHTS`. int8: whole numbers from -127 to 127 and a scale for each output.
+        weights: of `WEIGHTS`. int8: whole numbers from -127 to 127 and a scale for each output. int4: what is left in
+            float32 of it, in int8.
     """
     if weights != "float32":
-        for node in graph.get_ordered_ops():
-            if _has_weights(node):
-                node.input(1).replace_source_output(_weights(_constant(node), weights, _output_axis(node)).output(0))
+        for node in linear_layers(graph):
+            node.input(1).replace_source_output(_weights(_constant(node), weights, _output_axis(node)).output(0))
         graph.validate_nodes_and_infer_types()
 
 
@@ -91,7 +98,7 @@ def _weights(matrix: np.ndarray[Any, Any], weights: str, outputs: int = 0) -> An
     if weights == "bfloat16":
         bits = torch.from_numpy(matrix.copy()).bfloat16().view(torch.int16).numpy()
         return ops.convert(_bfloat16(bits), "f32")
-    if weights == "int8":
+    if weights in ("int8", "int4"):
         scale = np.maximum(np.abs(matrix).max(axis=1 - outputs, keepdims=True), 1e-30) / np.float32(127)
         whole = matrix / scale
         whole = np.rint(whole, out=whole).astype(np.int8)

@@ -37,6 +37,10 @@ def prepare(
     """
     if weights == "bfloat16" and not has_amx():
         raise ValueError("weights='bfloat16' are slower than float32 on this processor, which has no AMX: take int8")
+    if weights == "int4":
+        from anyorder.runtime.openvino.int4 import check_installed
+
+        check_installed()
     folder = cache.place_of(model, weights)
     if not anew and cache.find(folder):
         return folder
@@ -64,6 +68,10 @@ def _graphs(model: AnyOrderPreTrainedModel, weights: str, report: Report) -> Ite
         rows = exported_rows(plain)
         report(STEPS[1])
         join(rows, weights)
+        if weights == "int4":
+            from anyorder.runtime.openvino.int4 import in_int4
+
+            in_int4(rows, plain)
         report(STEPS[2])
         yield "rows", rows
         del rows

@@ -24,6 +24,7 @@ _OF_WEIGHTS: dict[str, dict[str, Any]] = {
     },
     # Activations in 8 bits, too, by 32.
     "int8": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32, "EXECUTION_MODE_HINT": "PERFORMANCE"},
+    "int4": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32, "EXECUTION_MODE_HINT": "PERFORMANCE"},
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ from anyorder.model.attention import common_start
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.openvino.graph import closed
+from anyorder.runtime.openvino.inputs import inputs_of
 from anyorder.runtime.openvino.processor import properties
 from anyorder.runtime.runner import ModelRunner, weights_of
 
@@ -68,6 +70,7 @@ class OpenVINORunner(ModelRunner):
             for name in ("coupling", "drafts")
             if (folder / f"{name}.xml").is_file()
         }
+        self._shared_by_threads = Lock()  # those of rows belong to a run each
         self._requests: WeakKeyDictionary[KeyValueStore, _Requests] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -91,19 +94,9 @@ class OpenVINORunner(ModelRunner):
             raise ValueError(f"the model's adapters were turned {state} since it was prepared for OpenVINO")
 
     def hidden(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
-        device = self.model.query_embedding.device
-        seeded = None if bool(rows.seeded.all()) else rows.seeded.to(device)
-        with torch.no_grad():
-            embeds = self.model.embed_rows(rows.seed_ids.to(device), seeded)
         is_open = self._is_gated and self.adapters_are_on and bool(rows.gates.any())
         request, count = self._request(store, is_open, int(rows.hi.max()), len(rows.lo))
-        slots = _slots(rows, store, count)
-        positions = key_positions.gather(1, slots.clamp(0, key_positions.shape[1] - 1))
-        inputs = {
-            "embeds": embeds.float(), "positions": rows.positions, "lo": rows.lo, "hi": rows.hi, "gates": rows.gates,
-            "ranks": rows.ranks, "slots": slots, "slot_positions": positions,
-        }  # fmt: skip
-        inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        inputs = inputs_of(self.model, rows, key_positions, store, count)
         for name, tensor in inputs.items():
             request.set_tensor(name, _shared(tensor))
         self.infer(request)
@@ -117,11 +110,11 @@ class OpenVINORunner(ModelRunner):
         logits = torch.empty(len(hidden), self.model.vocabulary_size)
         if not len(hidden):
             return logits
-        request = self._head
         hidden = hidden.float().contiguous()
-        request.set_input_tensor(_shared(hidden))
-        request.set_output_tensor(_shared(logits))
-        self.infer(request)
+        with self._shared_by_threads:
+            self._head.set_input_tensor(_shared(hidden))
+            self._head.set_output_tensor(_shared(logits))
+            self.infer(self._head)
         return logits
 
     def coupled_logits(self, hidden: Tensor, logits: Tensor, members: Tensor, distances: Tensor) -> Tensor:
@@ -144,10 +137,11 @@ class OpenVINORunner(ModelRunner):
             summed = network.summed(members, distances, self.model.get_input_embeddings()).float()
         logits, hidden = torch.empty(len(hidden), self.model.vocabulary_size), hidden.float().contiguous()
         request = self._members[name]
-        request.set_input_tensor(0, _shared(hidden))
-        request.set_input_tensor(1, _shared(summed))
-        request.set_output_tensor(_shared(logits))
-        self.infer(request)
+        with self._shared_by_threads:
+            request.set_input_tensor(0, _shared(hidden))
+            request.set_input_tensor(1, _shared(summed))
+            request.set_output_tensor(_shared(logits))
+            self.infer(request)
         return logits
 
     def infer(self, request: Any) -> None:
@@ -210,14 +204,6 @@ def _count(read: int, capacity: int) -> int:
     while needed < read:
         needed *= 2
     return capacity + 1 if 2 * needed > capacity + 1 else needed
-
-
-def _slots(rows: Rows, store: KeyValueStore, count: int) -> Tensor:
-    """(B, count + C) the rank of the token in each slot, stored ones first; -1 where this forward stores another."""
-    B = len(rows.lo)
-    written = torch.zeros(B, store.capacity + 1, dtype=torch.bool).scatter_(1, rows.ranks, True)[:, :count]
-    stored = torch.arange(count).expand(B, count).masked_fill(written, -1)
-    return torch.cat([stored, rows.ranks], dim=1)
 
 
 def _shared(tensor: Tensor) -> ov.Tensor:
