@@ -65,4 +65,4 @@ bench: install ## tokens a second against the base model under Hugging Face gene
 	$(BIN)/anyorder bench build/bench --dtype bfloat16
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist .cache
