@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Files of tests in turn to two processes; each starts torch anew, so more of them do not pay on few cores.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all test-lowest check install wheel bench clean
+.PHONY: demo test test-all test-lowest check install wheel docs release-check bench clean
 
 demo: install ## convert SmolLM2, check that it is still itself, score a sentence in three orders, fill three texts
 	$(BIN)/python examples/demo.py
@@ -45,8 +45,24 @@ wheel: install ## build the wheel and check that it holds all it must: modules, 
 	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel dist/*.whl
 	PYTHONPATH=build/wheel ANYORDER_INSTALLED=build/wheel $(BIN)/python -m pytest tests/test_package.py tests/test_imports.py
 
+docs: $(VENV)/.docs-installed ## the site in build/site; a link, an anchor or a docstring that is not there is an error
+	$(BIN)/python docs/website.py collect build/pages
+	$(BIN)/zensical build --strict --clean
+	$(BIN)/python docs/website.py check build/site
+
+$(VENV)/.docs-installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+release-check: ## sdist and wheel as they would be uploaded, checked; the tools in an environment of their own
+	rm -rf build/release dist
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --constraint constraints.txt build twine
+	build/release/bin/python -m build
+	build/release/bin/twine check --strict dist/*
+
 bench: install ## tokens a second against the base model under Hugging Face generate, quality beside them
 	$(BIN)/anyorder bench build/bench --dtype bfloat16
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist .cache

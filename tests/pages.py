@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PLACES = ("*.md", "docs/**/*.md", "recipes/**/*.md", "src/anyorder/shipped/**/*.md")
@@ -57,3 +59,17 @@ def rows(text: str) -> list[list[str]]:
 def words(text: str) -> str:
     """With single spaces, whatever the line ends, and without emphasis."""
     return " ".join(text.replace("**", "").replace("`", "").split())
+
+
+def resolve(name: str) -> Any:
+    """What a dotted name below the package stands for: a module, or something in one."""
+    parts = ["anyorder", *name.split(".")]
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(name)

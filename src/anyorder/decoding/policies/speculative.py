@@ -13,6 +13,7 @@ Shapes: B batch, T columns, K drafts, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -35,7 +36,8 @@ from anyorder.decoding.policies.drafts import (
 )
 
 _LATER = torch.iinfo(torch.int64).max
-_SOURCES: dict[str, type[DraftSource]] = {"state": StateDrafts, "query": QueryDrafts, "ngram": NgramDrafts}
+SOURCES: dict[str, Callable[[], DraftSource]] = {"state": StateDrafts, "query": QueryDrafts, "ngram": NgramDrafts}
+"""What makes a source of drafts for a run, by name; a name that is added here is known to `draft=` and `--policy`."""
 LIKELY = 0.2
 """How likely a number of accepted drafts must be for the rows that prepare for it, where rows cost time: K rows of some
 3 ms against a forward of some 60 (SmolLM2-135M, two cores with AVX2) that half a draft or more saves."""
@@ -64,12 +66,12 @@ class Speculative(Policy):
     """
 
     keeps_order: ClassVar[bool] = True
-    draft: Literal["auto", "query", "state", "ngram"] = "ngram"
+    draft: str = "ngram"
     draft_length: int | Literal["auto"] = 2
 
     def __post_init__(self) -> None:
-        if self.draft not in ("auto", *_SOURCES):
-            raise ValueError(f"draft must be one of auto, {', '.join(_SOURCES)}, got {self.draft!r}")
+        if self.draft not in ("auto", *SOURCES):
+            raise ValueError(f"draft must be one of auto, {', '.join(SOURCES)}, got {self.draft!r}")
         length = self.draft_length
         if length != "auto" and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
             raise ValueError(f"draft_length must be a whole number, at least 1, or 'auto', got {length!r}")
@@ -94,8 +96,8 @@ def _drafts_states(run: Run) -> bool:
 def _source(draft: str, run: Run) -> DraftSource:
     """The source of a run's drafts."""
     if draft != "auto":
-        return _SOURCES[draft]()
-    sources = [kind() for name, kind in _SOURCES.items() if name != "state" or _drafts_states(run)]
+        return SOURCES[draft]()
+    sources = [kind() for name, kind in SOURCES.items() if name != "state" or _drafts_states(run)]
     row_cost = ROW_COST.get(run.runner.model.query_embedding.device.type, FREE_ROW_COST)
     return BestDrafts(sources, len(run.ids), row_cost)
 
