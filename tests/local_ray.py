@@ -7,7 +7,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -23,12 +23,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's imports warn of what pydantic deprecates
     import ray
     from ray import serve
-__all__ = ["cluster", "serve", "workers"]
+__all__ = ["cluster", "kill", "serve", "workers"]
 
 
 @contextmanager
 def cluster(cpus: int = 2) -> Iterator[None]:
-    """One node, whose workers are children of this process."""
+    """One node, whose workers are children of this process; the one that there is, if there is one."""
+    if ray.is_initialized():
+        yield
+        return
     ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
     try:
         yield
@@ -36,13 +39,24 @@ def cluster(cpus: int = 2) -> Iterator[None]:
         ray.shutdown()
 
 
-def workers(title: str) -> list[int]:
-    """Ids of the cluster's processes that are at work on something."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if child.cmdline()[:1] and child.cmdline()[0].startswith(f"ray::{title}"):
-                found.append(child.pid)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
+def workers(title: str, above: int | None = None) -> list[int]:
+    """Ids of processes that are at work on something, of the cluster that a process has begun, by default this one."""
+    return [child.pid for child in _below(above) if _title(child).startswith(f"ray::{title}")]
+
+
+def kill(process: int) -> None:
+    """A process and the cluster that it has begun, at once."""
+    for one in [psutil.Process(process), *_below(process)]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
+def _below(process: int | None) -> list[psutil.Process]:
+    return psutil.Process(process).children(recursive=True)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
