@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,52 +14,15 @@ import pytest
 from pyarrow import parquet
 
 import local_ray  # (first: it says how Ray is to be imported)
-from anyorder.cli import tables
 from anyorder.cli.on_ray import Workers
 from command_line import run
-
-WORDS = ("a", "b", "ab", "c a", "b b", "é", "c")
-TEXTS = [" ".join(WORDS[(n * k) % 7] for k in range(1, 4 + n % 5)) for n in range(23)]
+from result_files import TEXTS, lines, plain, rows_of, same
 
 
 @pytest.fixture(scope="module")
 def _cluster():
     with local_ray.cluster():
         yield
-
-
-def lines(path, texts, column="text"):
-    path.write_text("".join(json.dumps({"id": n, column: text}) + "\n" for n, text in enumerate(texts)))
-    return path
-
-
-def rows_of(directory):
-    """All results, in order; a file is read as anyone would read it."""
-    table = pa.concat_tables([parquet.read_table(file) for file in sorted(directory.glob("*.parquet"))])
-    return table.to_pylist()
-
-
-def plain(capsys, command, model, texts, tmp_path, *options):
-    """What the command without --ray prints for these texts."""
-    (tmp_path / "texts.txt").write_text("\n".join(texts))
-    arguments = ["--model", model, "--file", tmp_path / "texts.txt", "--lines", "--json", *options]
-    _, out, _ = run(capsys, command, *arguments)
-    return [json.loads(line) for line in out.splitlines()]
-
-
-def same(row, record):
-    """Whether a row is what the command prints."""
-    assert row["error"] == record.get("error")
-    for name, value in record.items():
-        if name == "spans":
-            for span, one in zip(row["spans"], value, strict=True):
-                for key, said in one.items():
-                    if isinstance(said, dict):
-                        assert {str(p["key"]): pytest.approx(p["value"], abs=1e-4) for p in span[key]} == said
-                    else:
-                        assert span[key] == (pytest.approx(said, abs=1e-4) if isinstance(said, float) else said)
-        else:
-            assert row[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), name
 
 
 # ---------------------------------------------------------------------- the cluster
@@ -170,7 +132,7 @@ def test_a_run_that_is_killed_goes_on(capsys, checkpoint, tmp_path):
 
 
 def files_in(directory, count, process):
-    until = time.monotonic() + 180
+    until = time.monotonic() + 600
     while len(list(directory.glob("*.parquet"))) < count:
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < until
@@ -178,29 +140,6 @@ def files_in(directory, count, process):
 
 
 # ---------------------------------------------------------------------- without a cluster
-
-
-def test_blocks_cover_every_row_once(tmp_path):
-    parquet.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet", row_group_size=7)
-    rows = ("", '{"text": "x"}', "", '"bare"', '{"text": 3}', "no", '{"text": "\\ud83d"}\r', '{"text": "last"}')
-    (tmp_path / "b.jsonl").write_text("\n".join(rows))
-    (tmp_path / "_c.jsonl").write_text("{}")
-    files = tables.files_of(str(tmp_path))
-    assert [file.rpartition("/")[2] for file in files] == ["a.parquet", "b.jsonl"]
-    whole = [text for block in tables.blocks(files, "text", 1000) for text in tables.texts_of(block, "text")]
-    assert whole[:23] == TEXTS
-    assert [text if isinstance(text, str) else str(text)[:17] for text in whole[23:]] == [
-        "x", "bare", "'text' is no text", "the line is no JS", "text has a lone s", "last",
-    ]  # fmt: skip
-    for count in (1, 2, 4, 7, 11):
-        found = list(tables.blocks(files, "text", count))
-        assert [block.first for block in found] == [sum(b.count for b in found[:n]) for n in range(len(found))]
-        assert [str(t) for block in found for t in tables.texts_of(block, "text")] == [str(text) for text in whole]
-        assert len({block.name("s") for block in found}) == len(found)
-    shutil.copy(tmp_path / "a.parquet", tmp_path / "c.parquet")
-    again = list(tables.blocks([str(tmp_path / "c.parquet")], "text", 11))
-    assert [block.name("s") for block in again] == [block.name("s") for block in found[:3]]
-    assert [block.name("t") for block in again] != [block.name("s") for block in again]
 
 
 @pytest.mark.parametrize(
