@@ -22,7 +22,7 @@ def test_versions_are_those_of_the_files():
     expected: dict[str, list[str]] = {}
     for group, requirements in groups.items():
         for requirement in requirements:
-            name, lowest = requirement.split(">=")
+            name, lowest = re.sub(r"\[.*\]", "", requirement).split(">=")
             assert name in pins, f"{name} has no pinned version in constraints.txt"
             row = expected.setdefault(name, [name, lowest, pins[name], ""])
             row[3] = ", ".join(filter(None, [row[3], group]))

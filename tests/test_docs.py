@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -77,10 +78,30 @@ def check_command(command: list[str]) -> None:
             assert Path(options.include_path, f"{task}.yaml").is_file(), task
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), rest[0]
+    elif program == "serve":
+        check_serve(*rest)
+    elif program == "ray":
+        assert rest[0] in ("start", "stop", "status"), rest
     elif program == "make":
         assert set(rest) <= make_targets(), rest
     else:
         assert program == "pip", f"{program}: say here how such a command is checked"
+
+
+def check_serve(what: str, *rest: str) -> None:
+    """Of Ray Serve: an application of ours with its arguments, or a file that is there."""
+    if what == "run":
+        assert rest[0] == "anyorder.serving.ray_app:build", rest[0]
+        assert all("=" in one for one in rest[1:]), rest
+        if importlib.util.find_spec("ray"):
+            import local_ray  # noqa: F401 (says how Ray is to be imported)
+            from anyorder.serving.ray_app import Arguments
+
+            Arguments.model_validate(dict(one.split("=") for one in rest[1:]))
+    elif what == "deploy":
+        assert (ROOT / rest[0]).is_file(), rest[0]
+    else:
+        assert what == "status", what
 
 
 def test_a_command_that_is_none_is_noticed():

@@ -21,6 +21,8 @@ PACKAGE = Path(anyorder.__file__).parent
 LEFT_OUT = {"anyorder.__main__"}
 if importlib.util.find_spec("lm_eval") is None:  # an extra
     LEFT_OUT.add("anyorder.evaluation.harness.lm_eval")
+if importlib.util.find_spec("ray") is None:
+    LEFT_OUT.add("anyorder.serving.ray_app")
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "anyorder.") if m.name not in LEFT_OUT)
 
 

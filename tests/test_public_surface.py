@@ -34,7 +34,7 @@ def test_public_paths_hold(path, name):
 COMMON = {"--debug", "--help", "--json", "-h"}
 DEVICE = {"--dtype", "--device", "--base-model"}
 MODEL = {"--model", "--int8"} | DEVICE
-TEXTS = {"--file", "--lines"}
+TEXTS = {"--file", "--lines", "--ray", "--out"}
 ORDER = {"--group-size", "--order", "--seed"}
 SAMPLING = {"--sample", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--compile"}
 SAMPLING |= {"--engine", "--weights"}

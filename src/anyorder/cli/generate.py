@@ -18,11 +18,13 @@ from anyorder.cli.options import (
     sampling_options,
     whole,
 )
-from anyorder.cli.texts import Answer, Result, add_texts, answer_each, read_texts
+from anyorder.cli.texts import add_texts, answer_each
 from anyorder.cli.watching import add_watching, check_watching, trace_of, watching
+from anyorder.cli.work import Result, Work
 
 if TYPE_CHECKING:
     from anyorder.decoding.policies import Policy
+    from anyorder.runtime.runner import ModelRunner
 
 
 def add(subparsers: Any) -> None:
@@ -50,12 +52,11 @@ def add(subparsers: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     policy, _ = policy_of(options), drawing_of(options)
-    texts = read_texts(options)
-    check_watching(options, texts)
-    return answer_each(options, texts, asked if options.chat else lambda text: None, lambda: _begin(options, policy))
+    check = asked if options.chat else lambda text: None
+    return answer_each(options, check, lambda: _begin(options, policy), check_watching)
 
 
-def _begin(options: argparse.Namespace, policy: Policy | None) -> Answer:
+def _begin(options: argparse.Namespace, policy: Policy | None) -> Work:
     import torch
 
     from anyorder.decoding import policies
@@ -68,7 +69,7 @@ def _begin(options: argparse.Namespace, policy: Policy | None) -> Answer:
     pieces = Pieces(tokenizer)
     token_bytes, special = TokenBytes(pieces, model.vocabulary_size), set(tokenizer.all_special_ids)
 
-    def answer(number: int, text: str) -> Result:
+    def answer(number: int, text: str, runner: ModelRunner | None = None) -> Result:
         if options.chat:
             prompt = Prompt("", chat_prefix(tokenizer, asked(text)), False, pieces)
         else:
@@ -81,7 +82,7 @@ def _begin(options: argparse.Namespace, policy: Policy | None) -> Answer:
                 allowed_tokens=prompt.allowed_tokens(token_bytes, options.max_new_tokens),
                 return_dict_in_generate=True,
                 watch=watch,
-                **sampling_options(options, number),
+                **sampling_options(options, number, runner),
             )
         assert not isinstance(output, torch.Tensor)
         new = output.sequences[0, len(prompt.ids) :].tolist()
@@ -97,7 +98,7 @@ def _begin(options: argparse.Namespace, policy: Policy | None) -> Answer:
         }
         return Result(prompt.text + continuation, record, trace_of(options, watch))
 
-    return answer
+    return Work(answer, model)
 
 
 def _tell_of_an_end(options: argparse.Namespace, knows_chat: bool) -> None:

@@ -20,13 +20,15 @@ from anyorder.cli.options import (
     sampling_options,
     typed,
 )
-from anyorder.cli.texts import Answer, Result, add_texts, answer_each, read_texts
+from anyorder.cli.texts import add_texts, answer_each
 from anyorder.cli.watching import add_watching, check_watching, trace_of, watching
+from anyorder.cli.work import Result, Work
 from anyorder.infill.template import Template
 
 if TYPE_CHECKING:
     from anyorder.decoding.constraints import Constraint
     from anyorder.decoding.policies import Policy
+    from anyorder.runtime.runner import ModelRunner
 
 
 def add(subparsers: Any) -> None:
@@ -68,10 +70,11 @@ def _run(options: argparse.Namespace) -> int:
     drawing_of(options)
     if options.pattern is not None and policy is not None and not policy.keeps_order:
         raise ValueError(f"--pattern is filled from left to right, --policy {options.policy} chooses its own order")
-    texts = read_texts(options)
-    check_watching(options, texts)
     return answer_each(
-        options, texts, lambda text: _check(text, options), lambda: _begin(options, policy, constraint, messages)
+        options,
+        lambda text: _check(text, options),
+        lambda: _begin(options, policy, constraint, messages),
+        check_watching,
     )
 
 
@@ -98,7 +101,7 @@ def _begin(
     policy: Policy | None,
     constraint: Constraint | None,
     messages: list[dict[str, str]] | None,
-) -> Answer:
+) -> Work:
     from anyorder.infill.infiller import Infiller
 
     model, tokenizer = load_ready(options)
@@ -107,12 +110,12 @@ def _begin(
         {} if options.length is None else {"length": options.length[0] if len(options.length) == 1 else options.length}
     )
 
-    def answer(number: int, text: str) -> Result:
+    def answer(number: int, text: str, runner: ModelRunner | None = None) -> Result:
         with watching(options, infiller.pieces) as watch:
             filled = infiller(
                 text, blank=options.blank, group_size=options.group_size, order=options.order, policy=policy,
                 constraints=constraint, special_tokens=options.special_tokens, single_line=options.single_line,
-                watch=watch, **more, **sampling_options(options, number),
+                watch=watch, **more, **sampling_options(options, number, runner),
             )  # fmt: skip
         record = {
             "text": filled.text,
@@ -122,4 +125,4 @@ def _begin(
         }
         return Result(filled.text, record, trace_of(options, watch))
 
-    return answer
+    return Work(answer, model)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anyorder.decoding.policies import Policy
     from anyorder.infill.lengths import Length
+    from anyorder.runtime.runner import ModelRunner
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p")
 
@@ -131,12 +132,13 @@ def drawing_of(options: argparse.Namespace) -> dict[str, Any]:
     return given | {"do_sample": do_sample, "repetition_penalty": options.repetition_penalty}
 
 
-def sampling_options(options: argparse.Namespace, number: int) -> dict[str, Any]:
-    """Options of `generate`; text number n draws from seed + n, whatever the other texts are."""
+def sampling_options(options: argparse.Namespace, number: int, runner: ModelRunner | None = None) -> dict[str, Any]:
+    """Options of `generate`; text number n draws from seed + n, whatever the other texts are. A runner executes."""
     import torch
 
     generator = torch.Generator().manual_seed(options.seed + number)
-    return {**drawing_of(options), "generator": generator, "compile": options.compile}
+    executed = {"compile": options.compile} if runner is None else {"runner": runner}
+    return {**drawing_of(options), "generator": generator, **executed}
 
 
 # ---------------------------------------------------------------------- chat

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyorder.cli.blanks import add_blank, has_blank
 from anyorder.cli.model import add_model, load_model
 from anyorder.cli.options import add_answer_to, add_command, add_order, messages_of
-from anyorder.cli.texts import Answer, Result, add_texts, answer_each, read_texts
+from anyorder.cli.texts import add_texts, answer_each
+from anyorder.cli.work import Result, Work
+
+if TYPE_CHECKING:
+    from anyorder.runtime.runner import ModelRunner
 
 
 def add(subparsers: Any) -> None:
@@ -31,8 +35,7 @@ def add(subparsers: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     messages = messages_of(options)
-    texts = read_texts(options)
-    return answer_each(options, texts, lambda text: _check(text, options.blank), lambda: _begin(options, messages))
+    return answer_each(options, lambda text: _check(text, options.blank), lambda: _begin(options, messages))
 
 
 def _check(text: str, mark: str) -> None:
@@ -45,7 +48,7 @@ def _check(text: str, mark: str) -> None:
         )
 
 
-def _begin(options: argparse.Namespace, messages: list[dict[str, str]] | None) -> Answer:
+def _begin(options: argparse.Namespace, messages: list[dict[str, str]] | None) -> Work:
     import torch
 
     from anyorder.core.factorization import Factorization
@@ -56,7 +59,7 @@ def _begin(options: argparse.Namespace, messages: list[dict[str, str]] | None) -
     pieces = Pieces(tokenizer)
     given = [pieces.start_token()] if messages is None else chat_prefix(tokenizer, messages)
 
-    def answer(number: int, text: str) -> Result:
+    def answer(number: int, text: str, runner: ModelRunner | None = None) -> Result:
         ids = torch.tensor([[*given, *pieces.encode(text, at_start=messages is None)]])
         generator = torch.Generator().manual_seed(options.seed)
         order = Factorization.left_to_right(ids.shape[1], given=len(given))
@@ -69,4 +72,4 @@ def _begin(options: argparse.Namespace, messages: list[dict[str, str]] | None) -
         shown = f"{log_prob:.3f} nats, {tokens} tokens, {nats:.3f} nats a token, {bits:.3f} bits a byte"
         return Result(shown, report)
 
-    return answer
+    return Work(answer)

@@ -3,7 +3,8 @@
 Each text is a case of its own. What is wrong with one is told under its number, and the others go on; the exit code is
 2 at the end. An empty line is passed through. So with `--lines` every line in gives one result out, in order.
 
-Knows no models: a command says how a text is checked before a model is loaded, and how it is answered.
+Knows no models: a command says how a text is checked before a model is loaded, and how it is answered. Texts in files
+of tables, on a cluster, are the business of `on_ray`.
 """
 
 from __future__ import annotations
@@ -11,41 +12,28 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from anyorder.cli.options import decoded, print_json, typed
-
-if TYPE_CHECKING:
-    from anyorder.trace.record import Trace
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command makes of one text."""
-
-    shown: str
-    """What is printed without --json."""
-    record: dict[str, Any]
-    """What is printed with it."""
-    trace: Trace | None = None
-    """What each step did, if that was recorded."""
-
-
-Answer = Callable[[int, str], Result]
-"""From a text and its number, from 0."""
+from anyorder.cli.work import Result, Work
 
 
 def add_texts(parser: argparse.ArgumentParser, help_text: str) -> None:
     """Where texts come from."""
     parser.add_argument("text", nargs="*", help=f"{help_text}; without it, or for a lone -, standard input")
-    parser.add_argument("--file", type=Path, metavar="PATH", help="read one text from a file")
+    parser.add_argument("--file", metavar="PATH", help="read one text from a file; with --ray as many as it has rows")
     parser.add_argument(
         "--lines", action="store_true",
         help="with a file or standard input: one text a line, one result each. An empty line gives an empty one; so "
         "does a line that cannot be used, which is told (with --json: a record with an error) and ends in exit code 2",
     )  # fmt: skip
+    parser.add_argument(
+        "--ray", nargs="?", const="", metavar="OPTION=VALUE,...",
+        help="work on a Ray cluster: --file is a Parquet or JSON Lines file, or a directory of such, --out gets the "
+        "results; once more goes on where it was stopped. Options: count (of workers), cpus, slots, context, rows, "
+        "column, for example count=8,slots=32,column=prompt",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="DIRECTORY", help="with --ray: where results go, as Parquet")
 
 
 def read_texts(options: argparse.Namespace) -> list[str]:
@@ -53,7 +41,7 @@ def read_texts(options: argparse.Namespace) -> list[str]:
     if options.file is not None:
         if options.text:
             raise ValueError("give texts as arguments or with --file, not both")
-        read = decoded(options.file.read_bytes(), str(options.file))
+        read = decoded(Path(options.file).read_bytes(), options.file)
     elif options.text and options.text != ["-"]:
         if options.lines:
             raise ValueError("--lines is for --file and standard input; texts in the arguments are one each")
@@ -66,29 +54,41 @@ def read_texts(options: argparse.Namespace) -> list[str]:
 
 
 def answer_each(
-    options: argparse.Namespace, texts: list[str], check: Callable[[str], object], begin: Callable[[], Answer]
+    options: argparse.Namespace,
+    check: Callable[[str], object],
+    begin: Callable[[], Work],
+    check_all: Callable[[argparse.Namespace, list[str]], None] | None = None,
 ) -> int:
-    """Print one result for each text, and return the exit code.
+    """Print one result for each text that the options name, and return the exit code.
 
     Args:
         options: of the command.
-        texts: in order.
         check: raises ValueError for a text that cannot be used; needs no model.
         begin: loads the model. Not called if there is nothing for it to do.
+        check_all: raises ValueError for texts that do not go with the options.
 
     Raises:
         ValueError: if the only text cannot be used.
     """
+    if options.ray is not None:
+        from anyorder.cli.on_ray import answer_files
+
+        return answer_files(options, check, begin)
+    if options.out is not None:
+        raise ValueError("--out is for --ray; other results go to standard output")
+    texts = read_texts(options)
+    if check_all is not None:
+        check_all(options, texts)
     errors = {number: error for number, text in enumerate(texts) if (error := _error(check, text, options.lines))}
     if errors and len(texts) == 1:
         raise errors[0]
-    answer: Answer | None = None
+    work: Work | None = None
     for number, text in enumerate(_progress(texts)):
         result, error = Result("", {"text": text}), errors.get(number)
         if error is None and not _passed_through(text, options.lines):
-            answer = begin() if answer is None else answer
+            work = begin() if work is None else work
             try:
-                result = answer(number, text)
+                result = work.answer(number, text)
             except ValueError as failure:
                 if len(texts) == 1:
                     raise

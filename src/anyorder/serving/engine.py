@@ -141,6 +141,13 @@ class Engine:
         """Whether no more requests are taken."""
         return self._draining
 
+    def check(self) -> None:
+        """Wait for the forwards that have begun; raise if none are executed any more, or the device has failed."""
+        if self._draining:
+            return  # it ends what it has, and is not to be replaced for that
+        device = self.model.device
+        self.joiner.call("function", lambda: float(torch.zeros(1, device=device).sum()))
+
     def submit(self, work: Callable[[JoinedRunner], T], client: str = "", seconds: float | None = None) -> Ticket[T]:
         """Have a request done.
 

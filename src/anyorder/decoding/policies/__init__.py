@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from anyorder.core.options import check_options
+from anyorder.core.options import check_options, parse_options
 from anyorder.decoding.policies.base import GroupPolicy, MeasuringPolicy, Policy
 from anyorder.decoding.policies.dynamic import Criterion, Dynamic
 from anyorder.decoding.policies.groupwise import GroupWise
@@ -46,14 +45,6 @@ def parse(text: str) -> Policy:
     name, _, rest = text.partition(":")
     if name not in _BY_NAME:
         raise ValueError(f"no policy {name!r}: use groupwise, dynamic or speculative")
-    options: dict[str, Any] = {}
-    for pair in filter(None, rest.split(",")):
-        option, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"policy option {pair!r} must be NAME=VALUE")
-        try:
-            options[option] = json.loads(value)
-        except json.JSONDecodeError:  # a word
-            options[option] = value
+    options = parse_options(rest, "policy option")
     check_options(options, _BY_NAME[name])
     return _BY_NAME[name](**options)
