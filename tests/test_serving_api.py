@@ -144,6 +144,21 @@ def test_suffix_is_the_infillers_own(service, client):
     assert found.choices[0].text == service.infiller("a b ___ c", length=(1, 4)).spans[0].text
 
 
+@pytest.mark.parametrize("stop", [None, "a"])
+def test_usage_counts_what_a_suffix_needs(service, client, stop):
+    """All tokens that were drawn, whatever a stop string leaves of their text; in streams, too."""
+    ask = {"model": "tiny", "prompt": "a b ", "suffix": " c", "max_tokens": 4, "n": 2, "seed": 3, "stop": stop}
+    drawn = [
+        service.infiller("a b ___ c", length=(1, 4), generator=generator(seed), do_sample=True).spans[0].tokens
+        for seed in (3, 4)
+    ]
+    found = client.completions.create(**ask)
+    assert found.usage.completion_tokens == sum(drawn) > 0
+    assert found.usage.prompt_tokens == len(service.pieces.encode("a b ")) + len(service.pieces.encode(" c"))
+    *_, last = client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    assert last.usage == found.usage
+
+
 def test_chat(service, client):
     said = [{"role": "user", "content": "a b"}]
     ids = service.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)

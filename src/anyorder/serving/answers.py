@@ -22,7 +22,7 @@ from anyorder.infill.infiller import Infill
 from anyorder.infill.prompt import Prompt
 from anyorder.serving import editor
 from anyorder.serving.engine import Engine, Ticket
-from anyorder.serving.feeds import Growth, Placed, first_stop
+from anyorder.serving.feeds import Growth, Placed, Token, first_stop
 from anyorder.serving.fields import ChatFields, CompletionFields, EditorFields, InfillFields, ScoreFields
 from anyorder.serving.joining import JoinedRunner
 from anyorder.serving.metrics import Metrics
@@ -114,13 +114,13 @@ class Answers:
             asked = fields if fields.seed is None else fields.model_copy(update={"seed": fields.seed + number})
 
             def work(runner: JoinedRunner, put: Put) -> Growth:
-                filled, _ = self.service.between(before, behind, max(fields.max_tokens, 1), asked, lambda _: None)(
-                    runner
-                )
+                ask = self.service.between(before, behind, max(fields.max_tokens, 1), asked, lambda _: None)
+                filled, trace = ask(runner)
                 text = filled.spans[0].text
-                cut, _ = first_stop(text, fields.stops)
+                cut, stop = first_stop(text, fields.stops)
                 put(Piece(text[:cut], []))
-                return Growth(text[:cut], [], "stop", "")
+                tokens = {one.position: Token(one.token, one.text, one.logprob) for one in trace}
+                return Growth(text[:cut], [tokens[position] for position in sorted(tokens)], "stop", stop)
 
             return work
 
