@@ -175,6 +175,22 @@ def test_infill(service, server):
     assert last["text"] == found["text"]
 
 
+@pytest.mark.parametrize("policy", [None, "dynamic:criterion=entropy", "groupwise:size=2", "speculative:draft=query"])
+def test_alternatives_of_tokens_in_blanks(server, policy):
+    """The model's own, the likeliest first; what was taken may be less likely: others are banned."""
+    found = post(server, "/v1/infill", text="a ___ b", length=4, policy=policy, top_logprobs=20)["trace"]
+    assert len(found) == 4
+    for one in found:
+        best = one["top_logprobs"]
+        assert len(best) == 20
+        assert [part["logprob"] for part in best] == sorted((part["logprob"] for part in best), reverse=True)
+        own = [part["logprob"] for part in best if part["token"] == one["token"]]
+        if own:
+            assert own == [pytest.approx(one["logprob"], abs=1e-4)]
+        else:
+            assert one["logprob"] <= best[-1]["logprob"] + 1e-4
+
+
 @pytest.mark.parametrize(
     ("constraint", "text"), [({"choices": ["ab", "ba"]}, "ab|ba"), ({"pattern": "[ab]{3}"}, "[ab]{3}")]
 )

@@ -115,6 +115,14 @@ class ChatAnswer(_Answer):
     usage: Usage
 
 
+class Alternative(_Answer):
+    """A token that might have stood there."""
+
+    text: str
+    token: int
+    logprob: float | None
+
+
 class PlacedToken(_Answer):
     """A token of a blank, in the order in which they are drawn."""
 
@@ -124,6 +132,7 @@ class PlacedToken(_Answer):
     token: int
     logprob: float
     step: int
+    top_logprobs: list[Alternative] | None
 
 
 class FilledSpan(_Answer):

@@ -131,6 +131,8 @@ class InfillFields(Sampling):
     constraints: Constraint | Annotated[list[Constraint | None], Field(max_length=64)] | None = None
     order: Literal["left_to_right", "random"] = "left_to_right"
     single_line: bool | None = None
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    """Likeliest tokens to tell of each position."""
     messages: Annotated[list[Message], Field(max_length=1000)] | None = None
 
 

@@ -166,7 +166,7 @@ class Service:
         constraints = _constraints(asked.constraints)
 
         def work(runner: JoinedRunner) -> tuple[Infill, list[Placed]]:
-            watch = Placing(self._text_of, len(infiller.start_ids), put)
+            watch = Placing(self._text_of, len(infiller.start_ids), asked.top_logprobs, put)
             filled = infiller(
                 asked.text, blank=asked.blank, length=length, constraints=constraints, order=asked.order,
                 group_size=1 if policy else asked.group_size, policy=policy, single_line=asked.single_line,
