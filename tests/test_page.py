@@ -177,10 +177,10 @@ def test_pictures(browser, smollm2):
                 page.goto(address)
                 fill(page, page.input_value("#text"), policy="dynamic:criterion=confidence")
                 page.locator(".out .token").nth(1).hover()
-                page.screenshot(path=folder / f"page_{scheme}.png")
+                page.screenshot(path=folder / f"page_{scheme}.png", full_page=True)
                 if scheme == "light":
                     steps = int(page.locator(".scrub").get_attribute("max"))
                     page.locator(".scrub").fill(str(steps // 2))
-                    page.screenshot(path=folder / "page_decoding.png")
+                    page.screenshot(path=folder / "page_decoding.png", full_page=True)
     for name in ("light", "dark", "decoding"):
         assert 5_000 < (folder / f"page_{name}.png").stat().st_size < 150_000
