@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import random
 import re
-import socket
-import threading
-import time
 
 import pytest
 
@@ -18,10 +12,11 @@ openai = pytest.importorskip("openai", reason="the client of OpenAI's API")
 
 import torch  # noqa: E402
 
+import editors  # noqa: E402
 from anyorder import Factorization, policies  # noqa: E402
 from anyorder.scoring import conditional_log_likelihood  # noqa: E402
 from decoding_runs import generator  # noqa: E402
-from serving import CHAT, events, service_of, serving  # noqa: E402
+from serving import CHAT, alone, events, post, service_of, serving  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -41,30 +36,6 @@ def server(service):
 def client(server):
     with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as one:
         yield one
-
-
-JSON = {"Content-Type": "application/json"}
-
-
-def post(server, path, status=200, **body):
-    response = httpx.post(f"{server[0]}{path}", json=body, timeout=60)
-    assert response.status_code == status, response.text
-    return response.json()
-
-
-def alone(service, text, new, **options):
-    """The library's own continuation."""
-    prompt = service.prompt(text)
-    output = service.model.generate(
-        torch.tensor([prompt.ids]), max_new_tokens=new, return_dict_in_generate=True, **options
-    )
-    ids = output.sequences[0, len(prompt.ids) :].tolist()
-    special = set(service.tokenizer.all_special_ids)
-    return (
-        prompt.continuation([i for i in ids if i not in special]),
-        output.log_probs[0, len(prompt.ids) :].tolist(),
-        ids,
-    )
 
 
 # ---------------------------------------------------------------------- OpenAI's client
@@ -144,6 +115,21 @@ def test_suffix_is_the_infillers_own(service, client):
     assert found.choices[0].text == service.infiller("a b ___ c", length=(1, 4)).spans[0].text
 
 
+@pytest.mark.parametrize("stop", [None, "a"])
+def test_usage_counts_what_a_suffix_needs(service, client, stop):
+    """All tokens that were drawn, whatever a stop string leaves of their text; in streams, too."""
+    ask = {"model": "tiny", "prompt": "a b ", "suffix": " c", "max_tokens": 4, "n": 2, "seed": 3, "stop": stop}
+    drawn = [
+        service.infiller("a b ___ c", length=(1, 4), generator=generator(seed), do_sample=True).spans[0].tokens
+        for seed in (3, 4)
+    ]
+    found = client.completions.create(**ask)
+    assert found.usage.completion_tokens == sum(drawn) > 0
+    assert found.usage.prompt_tokens == len(service.pieces.encode("a b ")) + len(service.pieces.encode(" c"))
+    *_, last = client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    assert last.usage == found.usage
+
+
 def test_chat(service, client):
     said = [{"role": "user", "content": "a b"}]
     ids = service.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
@@ -189,6 +175,22 @@ def test_infill(service, server):
     assert last["text"] == found["text"]
 
 
+@pytest.mark.parametrize("policy", [None, "dynamic:criterion=entropy", "groupwise:size=2", "speculative:draft=query"])
+def test_alternatives_of_tokens_in_blanks(server, policy):
+    """The model's own, the likeliest first; what was taken may be less likely: others are banned."""
+    found = post(server, "/v1/infill", text="a ___ b", length=4, policy=policy, top_logprobs=20)["trace"]
+    assert len(found) == 4
+    for one in found:
+        best = one["top_logprobs"]
+        assert len(best) == 20
+        assert [part["logprob"] for part in best] == sorted((part["logprob"] for part in best), reverse=True)
+        own = [part["logprob"] for part in best if part["token"] == one["token"]]
+        if own:
+            assert own == [pytest.approx(one["logprob"], abs=1e-4)]
+        else:
+            assert one["logprob"] <= best[-1]["logprob"] + 1e-4
+
+
 @pytest.mark.parametrize(
     ("constraint", "text"), [({"choices": ["ab", "ba"]}, "ab|ba"), ({"pattern": "[ab]{3}"}, "[ab]{3}")]
 )
@@ -212,187 +214,49 @@ def test_score_of_any_part_given_any_other(service, server):
     assert everything["tokens"] == len(ids)
 
 
-EDITOR = {
-    # what llama.vim and llama.vscode send
-    "input_prefix": "def f(a):\n", "input_suffix": "\n    return b\n", "prompt": "    b = ", "n_predict": 8,
-    "n_indent": 4,
-    "input_extra": [{"filename": "x.py", "text": "a = b", "time": 1}], "top_k": 40, "top_p": 0.99, "stream": False,
-    "samplers": ["top_k", "top_p", "infill"], "cache_prompt": True, "t_max_prompt_ms": 500, "t_max_predict_ms": 60000,
-    "id_slot": 0, "stop": [], "response_fields": ["content"],
-}  # fmt: skip
-
-
 def test_editors(service, server):
-    found = post(server, "/infill", **EDITOR)
+    found = post(server, "/infill", **editors.VSCODE)
     before = "x.py\na = b\n\ndef f(a):\n    b = "
     assert found["content"] == service.infiller(before + "___\n    return b\n", length=(1, 8)).spans[0].text
     assert found["timings"]["predicted_n"] == found["tokens_predicted"] > 0
-    for name in ("prompt_n", "prompt_ms", "prompt_per_second", "predicted_ms", "predicted_per_second"):
-        assert isinstance(found["timings"][name], (int, float))
     assert found["stop"] is True
-    parts = events(httpx.post(f"{server[0]}/infill", json=EDITOR | {"stream": True}, timeout=60))
-    assert "".join(part["content"] for part in parts) == found["content"] or parts[-1]["stop"]
-    grown = post(server, "/infill", **EDITOR | {"input_suffix": ""})
+    parts = events(httpx.post(f"{server[0]}/infill", json=editors.VSCODE | {"stream": True}, timeout=60))
+    assert "".join(part["content"] for part in parts) == found["content"]
+    assert [part["stop"] for part in parts] == [False] * (len(parts) - 1) + [True]
+    grown = post(server, "/infill", **editors.VSCODE | {"input_suffix": ""})
     assert "\n" not in grown["content"]
     assert post(server, "/infill", input_suffix="b")["stop"]  # fields that are left out
     assert post(server, "/infill")["stop"]
 
 
-# ---------------------------------------------------------------------- mistakes
+def test_editors_get_the_fields_that_they_name(server):
+    whole = post(server, "/infill", **editors.VSCODE)
+    found = post(server, "/infill", **editors.VIM)
+    assert set(found) == set(editors.FIELDS)
+    assert found["content"] == whole["content"]
+    assert found["timings/predicted_n"] == whole["timings"]["predicted_n"]
+    assert post(server, "/infill", **editors.VIM | {"response_fields": ["nothing", "timings/nothing"]}) == {}
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "message"),
-    [
-        ("/v1/completions", {"prompt": "a", "temprature": 1}, "temprature"),
-        ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
-        ("/v1/completions", {"prompt": "a", "max_tokens": 1000}, "more than the 64"),
-        ("/v1/completions", {"prompt": [10**6]}, "prompt holds 1000000"),
-        ("/v1/completions", {"prompt": {"a": 1}}, "prompt"),
-        ("/v1/completions", {"prompt": "a", "n": 2, "best_of": 5}, "best_of"),
-        ("/v1/completions", {"prompt": "a", "policy": "guess"}, "no policy 'guess'"),
-        ("/v1/completions", {"prompt": "\ud800"}, "surrogate|unicode|string"),
-        ("/v1/completions", {"prompt": "a", "seed": "x"}, "seed"),
-        ("/v1/chat/completions", {"messages": []}, "messages"),
-        ("/v1/chat/completions", {"messages": [{"role": "nobody", "content": "a"}]}, "messages.0.role"),
-        ("/v1/infill", {"text": "no blank"}, "no blank in"),
-        ("/v1/infill", {"text": "___ a" * 10000}, "10000 blanks: at most 64"),
-        ("/v1/infill", {"text": "a ___", "length": 3000}, "3002 tokens with its blanks; the model's context is 64"),
-        ("/v1/infill", {"text": "a ___", "constraints": {"pattern": "("}}, "pattern|regular"),
-        ("/v1/infill", {"text": "a ___", "constraints": {}}, "one of choices, pattern and json_schema"),
-        ("/v1/score", {"text": ""}, "empty"),
-        ("/v1/score", {"text": "ab", "targets": [[1, 9]]}, r"targets holds \[1, 9\]"),
-        ("/v1/score", {"text": "a b", "targets": [[0, 1]], "given": [[0, 1]]}, "both a target and given"),
-        ("/infill", {"prompt": [1, 2]}, "prompt must be a text"),
-    ],
-)
-def test_mistakes_are_named(server, path, body, message):
-    response = httpx.post(f"{server[0]}{path}", content=json.dumps(body), headers=JSON, timeout=60)
-    assert response.status_code == 400, response.text
-    assert re.search(message, response.json()["error"]["message"] + str(response.json()["error"]["param"]))
+@pytest.mark.parametrize("body", [editors.AHEAD, editors.VIM_AHEAD, editors.VSCODE | {"n_predict": 0}])
+def test_editors_may_ask_for_no_token(server, body):
+    before = server[1].joiner.forwards
+    found = post(server, "/infill", **body)
+    assert found.get("content", "") == ""
+    assert server[1].joiner.forwards == before
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"null", b'{"prompt": NaN}', b'{"temperature": Infinity}', b"\xff\xfe"]
-)
-def test_bodies_that_are_none(server, body):
-    for path in ("/v1/completions", "/v1/infill", "/v1/score"):
-        response = httpx.post(f"{server[0]}{path}", content=body, headers=JSON, timeout=60)
-        assert response.status_code == 400
-        assert response.json()["error"]["type"] == "invalid_request_error"
+def test_long_files_are_cut_to_what_is_near_the_cursor(server):
+    """To what this server takes, with a context of 64 tokens: a file is no reason for an error."""
+    file = "\n".join(f"line {number} = a b c" for number in range(200))
+    for behind in (file, ""):
+        body = editors.VSCODE | {"input_prefix": file + "\n", "input_suffix": behind, "prompt": "    c = "}
+        found = post(server, "/infill", **body)
+        assert found["prompt"].endswith("    c = ")
+        assert found["tokens_evaluated"] + found["tokens_predicted"] <= 64
 
 
-def test_other_paths_methods_and_kinds_of_body(server):
-    assert httpx.post(f"{server[0]}/v1/completions", content=b'{"prompt": "a"}').status_code == 415
-    assert httpx.post(f"{server[0]}/v2/x", headers=JSON).json()["error"]["message"] == "Not Found"
-    assert httpx.get(f"{server[0]}/v1/completions").status_code == 405
-
-
-def test_large_bodies_are_refused_before_they_are_read(server):
-    response = httpx.post(f"{server[0]}/v1/completions", json={"prompt": "a" * (10 << 20)}, timeout=60)
-    assert response.status_code == 413
-    assert "1048576 bytes" in response.json()["error"]["message"]
-
-    def chunks():
-        for _ in range(40):
-            yield b"a" * (1 << 18)
-
-    # The connection may be closed on what is still to come.
-    with contextlib.suppress(httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
-        assert httpx.post(f"{server[0]}/v1/completions", content=chunks(), headers=JSON, timeout=60).status_code == 413
-
-
-def test_fuzzed_bodies_never_harm(server):
-    """Half of each is right, so that many get past the first check."""
-    draw = random.Random(0)
-    fields = {
-        "prompt": ["a", "", ["a", "b"], [3, 4], 5, None, [[]], "é🎉", ["a", 3], "\ud800"],
-        "text": ["a ___ b", "", "___", 3, None, "a", "___ ___ ___"],
-        "max_tokens": [0, 1, 5, -1, 10**9, "3", 2.5, None, True],
-        "temperature": [0, 1, 0.5, -0.1, "hot", 1e308, None, []],
-        "top_p": [1, 0.5, 0, 2, -1], "top_k": [0, 3, -3, 1.5], "n": [1, 2, 0, 99], "seed": [0, 7, -1, 2**70, "s"],
-        "stop": ["a", ["a", ""], "", 5, [1], ["b"] * 40], "logprobs": [0, 2, -1, 99, True], "echo": [True, "x"],
-        "length": ["auto", 2, [1, 2], 0, -1, [3, 1], "long", [[1, 2]], [1, 2, 3]],
-        "policy": ["groupwise:size=2", "dynamic:step_size=2", "x", "groupwise:size=x", "", "speculative:draft=query"],
-        "targets": [[[0, 1]], [[2, 1]], "x", [[0]], []], "given": [[[0, 1]], None, [[-1, 2]]],
-        "messages": [[{"role": "user", "content": "a"}], [], [{"role": "user"}], "x"],
-        "suffix": ["b", "", None, 3], "order": ["random", "x"], "group_size": [1, 3, 0, "x"],
-        "input_prefix": ["a\n", 3], "input_suffix": ["\nb", None], "n_predict": [4, -1, -5, 0],
-    }  # fmt: skip
-    of = {
-        "/v1/completions": [
-            "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "logprobs", "echo", "policy",
-            "suffix",
-        ],
-        "/v1/infill": ["text", "length", "temperature", "policy", "order", "group_size", "seed"],
-        "/v1/score": ["text", "targets", "given", "order", "group_size", "seed"],
-        "/v1/chat/completions": ["messages", "max_tokens", "temperature", "stop", "n", "logprobs"],
-        "/infill": ["input_prefix", "input_suffix", "prompt", "n_predict", "temperature", "seed", "stop"],
-    }  # fmt: skip
-    with httpx.Client(timeout=60) as one:
-        for _ in range(250):
-            path = draw.choice(sorted(of))
-            names = draw.sample(of[path], draw.randint(1, 4)) + of[path][:1]
-            body = {name: fields[name][0] if draw.random() < 0.5 else draw.choice(fields[name]) for name in names}
-            response = one.post(f"{server[0]}{path}", content=json.dumps(body), headers=JSON)
-            assert response.status_code in (200, 400), (path, body, response.text)
-
-
-# ---------------------------------------------------------------------- clients that go, keys, load
-
-
-def test_a_client_that_goes_frees_its_slot(server):
-    address, engine = server
-    host, port = address.removeprefix("http://").split(":")
-    done = engine.finished
-    for stream in (True, False):
-        body = json.dumps({"prompt": "a", "max_tokens": 60, "n": 8, "stream": stream}).encode()
-        with socket.create_connection((host, int(port))) as raw:
-            raw.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
-            )
-            raw.sendall(str(len(body)).encode() + b"\r\n\r\n" + body)
-            time.sleep(0.05)
-    until = time.monotonic() + 30
-    while engine.finished < done + 16 and time.monotonic() < until:
-        time.sleep(0.05)
-    assert engine.finished == done + 16
-    assert engine.at_work == engine.queued == 0
-
-
-def test_keys(service):
-    with serving(service, keys=["right", "too"]) as (address, _):
-        for key, status in (("right", 200), ("too", 200), ("wrong", 401), ("", 401), ("rightt", 401)):
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
-            assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status
-        assert httpx.get(f"{address}/health").status_code == 200
-
-
-def test_many_clients_at_once_get_their_own_texts(service, server):
-    asked = [
-        {"prompt": text, "max_tokens": 12, "seed": seed} for seed, text in enumerate(["a b", "c", "ab", "b c a"] * 4)
-    ]
-    expected = [alone(service, one["prompt"], 12, generator=generator(one["seed"]), do_sample=True)[0] for one in asked]
-    found = [""] * len(asked)
-
-    def ask(number):
-        found[number] = post(server, "/v1/completions", **asked[number])["choices"][0]["text"]
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(asked))]
-    before = server[1].joiner.forwards, server[1].joiner.rows
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == expected
-    forwards, rows = (
-        now - then for now, then in zip((server[1].joiner.forwards, server[1].joiner.rows), before, strict=True)
-    )
-    assert rows > 1.5 * forwards
-
-
-def test_no_time_is_an_error_of_its_own(service):
-    with serving(service, seconds=1e-9) as (address, _):
-        response = httpx.post(f"{address}/v1/completions", json={"prompt": "a"}, timeout=60)
-        assert response.status_code == 504
-        assert response.json()["error"]["code"] == "timeout"
+def test_time_that_an_editor_gives_ends_a_fill_with_what_there_is(service, server):
+    found = post(server, "/infill", **editors.VSCODE | {"t_max_predict_ms": 0.001})
+    assert found["stop_type"] == "limit"
+    assert found["tokens_predicted"] == 1

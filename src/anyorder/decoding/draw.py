@@ -9,6 +9,7 @@ Shapes: B batch, T columns, N evaluated positions, K drafts, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -95,10 +96,12 @@ class Drawer:
     Attributes:
         logits, scores: (B, T, V) float32 with `records`, once something was drawn: for each position the logits that
             its token was drawn from last, unprocessed and processed; 0 where nothing was drawn.
+        told: called with the rows, the columns and the model's own logits of what may be drawn; None: nobody is.
     """
 
     logits: Tensor | None = None
     scores: Tensor | None = None
+    told: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
     def __init__(
         self,
@@ -138,6 +141,8 @@ class Drawer:
         if bool(bad.any()):
             n = int(bad.nonzero()[0])
             raise ValueError(_nothing_to_draw(found.logits[n], int(row[n]), int(column[n])))
+        if self.told is not None:
+            self.told(row, column, found.logits)
         if self.records:
             self._record(found, processed, visible.ids.shape)
         return processed

@@ -27,6 +27,9 @@ class Watcher(ABC):
     def blanks(self, blank: Tensor) -> None:  # noqa: B027 - most need not know
         """Where blanks of text are filled, before `begin`: (B, T) the blank that each position belongs to, or -1."""
 
+    def offered(self, row: Tensor, column: Tensor, logits: Tensor) -> None:  # noqa: B027 - most need not know
+        """What a step may draw, before it does: (N,) rows and columns, and (N, V) the model's own logits there."""
+
     @abstractmethod
     def begin(self, ids: Tensor, is_open: Tensor) -> None:
         """Before the first step: (B, T) ids, and (B, T) bool where there is no token yet."""

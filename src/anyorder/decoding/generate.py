@@ -92,6 +92,7 @@ def generate_from(
     run, steps = start(model, asked, bool(kept), encoded)
     feed = None if streamer is None else _feed(streamer, run, asked, int(pad_id))
     if watch is not None:
+        run.drawer.told = watch.offered
         watch.begin(run.ids.clone(), run.is_open.clone())
     for step in steps:
         if watch is not None:

@@ -1,14 +1,12 @@
 """Requests of the API as answers: whole, or as a stream of server-sent events.
 
-A request's work runs in the engine; what it puts on the way comes here through a queue. A client that goes takes its
-request along: it is cancelled.
+A request's work runs in the engine; what it puts on the way comes here through a queue.
 
 This module knows fields, shapes and the service; routes and errors are the API's business.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,22 +14,19 @@ from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
 
 from anyorder.infill.infiller import Infill
 from anyorder.infill.prompt import Prompt
 from anyorder.serving import editor
 from anyorder.serving.engine import Engine, Ticket
-from anyorder.serving.feeds import Growth, Placed, first_stop
+from anyorder.serving.errors import FieldError
+from anyorder.serving.feeds import Growth, Placed, Token, first_stop
 from anyorder.serving.fields import ChatFields, CompletionFields, EditorFields, InfillFields, ScoreFields
 from anyorder.serving.joining import JoinedRunner
 from anyorder.serving.metrics import Metrics
 from anyorder.serving.service import Piece, Put, Service
-from anyorder.serving.shapes import Chat, Completions, dumps, error_body, finite, identifier, usage
-
-ASK_AGAIN = 0.25
-"""Seconds after which it is looked whether a client is still there."""
-_END = object()
+from anyorder.serving.shapes import Chat, Completions, dumps, finite, identifier, usage
+from anyorder.serving.streams import END, Queue, results, stream
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,9 @@ class Answers:
     async def completions(self, fields: CompletionFields, request: Request) -> Response:
         """`/v1/completions`."""
         if fields.best_of not in (None, fields.n):
-            raise ValueError(f"best_of: {fields.best_of} texts of which {fields.n} are returned are not served; use n")
+            raise FieldError(
+                "best_of", f"best_of: {fields.best_of} texts of which {fields.n} are returned are not served; use n"
+            )
         shape = Completions(self.service.name, fields.logprobs, self._name_of)
         if fields.suffix:
             return await self._answer(self._between(fields), fields, shape, request)
@@ -80,7 +77,7 @@ class Answers:
     async def chat(self, fields: ChatFields, request: Request) -> Response:
         """`/v1/chat/completions`."""
         if fields.top_logprobs and not fields.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise FieldError("top_logprobs", "top_logprobs needs logprobs: true")
         prompt = self.service.chat(fields.messages)
         room = self.engine.capacity - len(prompt.ids)
         new = fields.max_completion_tokens or fields.max_tokens or max(min(room, 512), 1)
@@ -92,9 +89,10 @@ class Answers:
         self, prompt: Prompt, new: int, fields: CompletionFields | ChatFields, best: int, number: int
     ) -> _Text:
         if len(prompt.ids) + new > self.engine.capacity:
-            raise ValueError(
+            raise FieldError(
+                "max_tokens",
                 f"max_tokens: the prompt's {len(prompt.ids)} tokens and {new} new ones are more than the "
-                f"{self.engine.capacity} that this server takes"
+                f"{self.engine.capacity} that this server takes",
             )
 
         def work(runner: JoinedRunner, put: Put) -> Growth:
@@ -104,9 +102,10 @@ class Answers:
 
     def _between(self, fields: CompletionFields) -> list[_Text]:
         if not isinstance(fields.prompt, str):
-            raise ValueError("prompt: with a suffix it is one text")
+            raise FieldError("prompt", "prompt: with a suffix it is one text")
         if fields.logprobs is not None or fields.echo:
-            raise ValueError("logprobs, echo: not with a suffix; /v1/infill tells log-probabilities of blanks")
+            name = "echo" if fields.echo else "logprobs"
+            raise FieldError(name, f"{name}: not with a suffix; /v1/infill tells log-probabilities of blanks")
         before, behind = fields.prompt, fields.suffix or ""
         read = len(self.service.pieces.encode(before)) + len(self.service.pieces.encode(behind))
 
@@ -114,13 +113,13 @@ class Answers:
             asked = fields if fields.seed is None else fields.model_copy(update={"seed": fields.seed + number})
 
             def work(runner: JoinedRunner, put: Put) -> Growth:
-                filled, _ = self.service.between(before, behind, max(fields.max_tokens, 1), asked, lambda _: None)(
-                    runner
-                )
+                ask = self.service.between(before, behind, max(fields.max_tokens, 1), asked, lambda _: None)
+                filled, trace = ask(runner)
                 text = filled.spans[0].text
-                cut, _ = first_stop(text, fields.stops)
+                cut, stop = first_stop(text, fields.stops)
                 put(Piece(text[:cut], []))
-                return Growth(text[:cut], [], "stop", "")
+                tokens = {one.position: Token(one.token, one.text, one.logprob) for one in trace}
+                return Growth(text[:cut], [tokens[position] for position in sorted(tokens)], "stop", stop)
 
             return work
 
@@ -130,17 +129,19 @@ class Answers:
         self, texts: Sequence[_Text], fields: CompletionFields | ChatFields, shape: Completions, request: Request
     ) -> Response:
         if len(texts) > 64:
-            raise ValueError(f"prompt: {len(texts)} texts in one request: at most 64")
+            raise FieldError("prompt", f"prompt: {len(texts)} texts in one request: at most 64")
         read = sum({id(text.prompt): text.read for text in texts}.values())
         echo = isinstance(fields, CompletionFields) and fields.echo
+        if fields.stream and echo:
+            raise FieldError("echo", "echo: not in a stream")
+        queue = Queue()
+        puts = [queue.of(index) if fields.stream else queue.ignore for index in range(len(texts))]
+        works = [partial(text.work, put=put) for text, put in zip(texts, puts, strict=True)]
+        tickets = self._submit(works, request)
         if fields.stream:
-            if echo:
-                raise ValueError("echo: not in a stream")
             tell = fields.stream_options is not None and fields.stream_options.include_usage
-            return self._stream(self._parts(texts, shape, read, tell, request))
-        queue = _Queue()
-        tickets = [self._submit(partial(text.work, put=queue.ignore), request) for text in texts]
-        grown: list[Growth] = await self._all(tickets, request)
+            return await stream(self._parts(queue, tickets, shape, read, tell), tickets, request)
+        grown: list[Growth] = await results(tickets, request)
         choices = []
         for index, (text, growth) in enumerate(zip(texts, grown, strict=True)):
             before, tokens = "", []
@@ -148,67 +149,59 @@ class Answers:
                 before = text.prompt.text
                 if shape.logprobs is not None:
                     work = self.service.prompt_tokens(text.prompt)
-                    (tokens,) = await self._all([self._submit(work, request)], request)
+                    (tokens,) = await results(self._submit([work], request), request)
             choices.append(shape.choice(index, growth, before, tokens))
         new = sum(len(growth.tokens) for growth in grown)
         self._count(read, new)
         return _json(shape.whole(choices, usage(read, new)))
 
     async def _parts(
-        self, texts: Sequence[_Text], shape: Completions, read: int, tell: bool, request: Request
+        self, queue: Queue, tickets: Sequence[Ticket[Growth]], shape: Completions, read: int, tell: bool
     ) -> AsyncIterator[dict[str, Any]]:
-        queue, begun, offsets, new = _Queue(), time.monotonic(), [0] * len(texts), 0
-        tickets: list[Ticket[Growth]] = []
-        for index, text in enumerate(texts):
-            tickets.append(self._submit(partial(text.work, put=queue.of(index)), request))
-            queue.finish(index, tickets[-1])
-        try:
-            for index in range(len(texts)):
-                if (begin := shape.begin(index)) is not None:
-                    yield shape.chunk([begin])
-            left = len(texts)
-            while left:
-                index, what = await queue.get()
-                if isinstance(what, Piece):
-                    if not any(offsets):
-                        self.metrics.first.observe(time.monotonic() - begun)
-                    yield shape.chunk([shape.piece(index, what.text, what.tokens, offsets[index])])
-                    offsets[index] += len(what.text)
-                elif what is _END:
-                    left -= 1
-                    growth = tickets[index].future.result()
-                    new += len(growth.tokens)
-                    yield shape.chunk([shape.end(index, growth)])
-            if tell:
-                yield shape.chunk([], usage(read, new))
-            self._count(read, new)
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
+        begun, offsets, new = time.monotonic(), [0] * len(tickets), 0
+        for index, ticket in enumerate(tickets):
+            queue.finish(index, ticket)
+        begins = [begin for index in range(len(tickets)) if (begin := shape.begin(index)) is not None]
+        left = len(tickets)
+        while left:
+            index, what = await queue.get()
+            growth = tickets[index].future.result() if what is END else None
+            for begin in begins:  # now that nothing has gone wrong yet
+                yield shape.chunk([begin])
+            begins = []
+            if growth is not None:
+                left -= 1
+                new += len(growth.tokens)
+                yield shape.chunk([shape.end(index, growth)])
+            elif isinstance(what, Piece):
+                if not any(offsets):
+                    self.metrics.first.observe(time.monotonic() - begun)
+                yield shape.chunk([shape.piece(index, what.text, what.tokens, offsets[index])])
+                offsets[index] += len(what.text)
+        if tell:
+            yield shape.chunk([], usage(read, new))
+        self._count(read, new)
 
     # ------------------------------------------------------------------ blanks and likelihoods
 
     async def infill(self, fields: InfillFields, request: Request) -> Response:
         """`/v1/infill`."""
-        queue = _Queue()
+        queue = Queue()
         work = self.service.infill(fields, queue.of(0) if fields.stream else queue.ignore)
-        name = identifier("infill")
+        name, tickets = identifier("infill"), self._submit([work], request)
         if fields.stream:
-            return self._stream(self._blanks(queue, self._submit(work, request), name))
-        ((filled, trace),) = await self._all([self._submit(work, request)], request)
+            return await stream(self._blanks(queue, tickets[0], name), tickets, request)
+        ((filled, trace),) = await results(tickets, request)
         return _json(self._filled(name, filled, trace))
 
     async def _blanks(
-        self, queue: _Queue, ticket: Ticket[tuple[Infill, list[Placed]]], name: str
+        self, queue: Queue, ticket: Ticket[tuple[Infill, list[Placed]]], name: str
     ) -> AsyncIterator[dict[str, Any]]:
         queue.finish(0, ticket)
-        try:
-            while (what := (await queue.get())[1]) is not _END:
-                for one in what:
-                    yield asdict(one) | {"final": False}
-            yield self._filled(name, *ticket.future.result()) | {"final": True}
-        finally:
-            ticket.cancel()
+        while (what := (await queue.get())[1]) is not END:
+            for one in what:
+                yield asdict(one) | {"final": False}
+        yield self._filled(name, *ticket.future.result()) | {"final": True}
 
     def _filled(self, name: str, filled: Infill, trace: Sequence[Placed]) -> dict[str, Any]:
         self._count(0, sum(span.tokens for span in filled.spans))
@@ -224,7 +217,7 @@ class Answers:
 
     async def score(self, fields: ScoreFields, request: Request) -> Response:
         """`/v1/score`."""
-        (found,) = await self._all([self._submit(self.service.score(fields), request)], request)
+        (found,) = await results(self._submit([self.service.score(fields)], request), request)
         own = [one.log_prob for one in found if one.log_prob is not None]
         self._count(len(found), 0)
         answer = {
@@ -236,61 +229,36 @@ class Answers:
 
     async def editor(self, fields: EditorFields, request: Request) -> Response:
         """`/infill`."""
-        queue = _Queue()
-        work = editor.work_of(
-            self.service, fields, self.engine.capacity, queue.of(0) if fields.stream else queue.ignore
-        )
-        ticket = self._submit(work, request)
-        if not fields.stream:
-            (answer,) = await self._all([ticket], request)
-            self._count(answer["tokens_evaluated"], answer["tokens_predicted"])
-            return _json(answer)
+        queue = Queue()
+        put = queue.of(0) if fields.stream else queue.ignore
+        tickets = self._submit([editor.work_of(self.service, fields, self.engine.capacity, put)], request)
 
         async def parts() -> AsyncIterator[dict[str, Any]]:
-            queue.finish(0, ticket)
-            try:
-                while (what := (await queue.get())[1]) is not _END:
-                    yield {"content": what.text, "stop": False}
-                yield ticket.future.result() | {"content": ""}
-            finally:
-                ticket.cancel()
+            queue.finish(0, tickets[0])
+            while (what := (await queue.get())[1]) is not END:
+                yield editor.part_of(what)
+            yield editor.wanted(tickets[0].future.result() | {"content": ""}, fields.response_fields)
 
-        return self._stream(parts(), done=False)
+        if fields.stream:
+            return await stream(parts(), tickets, request, done=False)
+        (answer,) = await results(tickets, request)
+        self._count(answer["tokens_evaluated"], answer["tokens_predicted"])
+        return _json(editor.wanted(answer, fields.response_fields))
 
     # ------------------------------------------------------------------ requests
 
-    def _submit(self, work: Callable[[JoinedRunner], Any], request: Request) -> Ticket[Any]:
+    def _submit(self, works: Sequence[Callable[[JoinedRunner], Any]], request: Request) -> list[Ticket[Any]]:
+        """All of them or none."""
         key = request.headers.get("authorization") or (request.client.host if request.client else "")
-        return self.engine.submit(work, key, self.seconds)
-
-    async def _all(self, tickets: Sequence[Ticket[Any]], request: Request) -> list[Any]:
-        """The results of some requests; if the client goes, or one of them fails, the others are cancelled."""
-        waiting = {asyncio.wrap_future(ticket.future) for ticket in tickets}
+        tickets: list[Ticket[Any]] = []
         try:
-            while waiting:
-                done, waiting = await asyncio.wait(waiting, timeout=ASK_AGAIN, return_when=asyncio.FIRST_EXCEPTION)
-                for one in done:
-                    one.result()
-                if waiting and await request.is_disconnected():
-                    break
-        finally:
+            for work in works:
+                tickets.append(self.engine.submit(work, key, self.seconds))
+        except BaseException:
             for ticket in tickets:
                 ticket.cancel()
-            for one in waiting:
-                one.add_done_callback(lambda future: future.exception())  # nobody asks for it any more
-        return [] if waiting else [ticket.future.result() for ticket in tickets]
-
-    def _stream(self, parts: AsyncIterator[dict[str, Any]], done: bool = True) -> Response:
-        async def lines() -> AsyncIterator[str]:
-            try:
-                async for part in parts:
-                    yield f"data: {dumps(part)}\n\n"
-            except Exception as raised:  # the status has been sent
-                yield f"data: {dumps(error_body(500, str(raised)))}\n\n"
-            if done:
-                yield "data: [DONE]\n\n"
-
-        return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            raise
+        return tickets
 
     def _count(self, read: int, new: int) -> None:
         self.metrics.tokens.labels("read").inc(read)
@@ -300,36 +268,12 @@ class Answers:
         return self.service.pieces_of([token])[0]
 
 
-class _Queue:
-    """What works put, from their threads to the event loop."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        self.get = self._queue.get
-
-    def of(self, index: int) -> Callable[[Any], None]:
-        """Puts what belongs to one of the texts."""
-        return lambda what: self._put(index, what)
-
-    def ignore(self, what: Any) -> None:
-        """Nobody listens."""
-
-    def finish(self, index: int, ticket: Ticket[Any]) -> None:
-        """Tell when a work has ended."""
-        ticket.future.add_done_callback(lambda _: self._put(index, _END))
-
-    def _put(self, index: int, what: Any) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, what))
-
-
 def _prompts(prompt: str | list[Any]) -> list[Any]:
     """The texts of OpenAI's `prompt`: a text, several, the tokens of one, or of several."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise ValueError("prompt is an empty list")
+        raise FieldError("prompt", "prompt is an empty list")
     if all(isinstance(one, (str, list)) for one in prompt):
         return [*prompt]
     return [[*prompt]]

@@ -12,15 +12,17 @@ Errors have OpenAI's shape and name the field. This module knows HTTP; what is a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
+from anyorder.serving import contract
 from anyorder.serving.answers import Answers
-from anyorder.serving.engine import Engine, TimeIsOverError, TooBusyError, UnwantedError
+from anyorder.serving.engine import Engine, TooBusyError, UnwantedError
+from anyorder.serving.errors import told
 from anyorder.serving.fields import ChatFields, CompletionFields, EditorFields, InfillFields, ScoreFields
 from anyorder.serving.gate import Gate
 from anyorder.serving.metrics import Metrics
@@ -28,14 +30,17 @@ from anyorder.serving.page import PAGE
 from anyorder.serving.service import Service
 from anyorder.serving.shapes import dumps, error_body
 
-logger = logging.getLogger(__name__)
-
 LARGEST = 1 << 20
 """Bytes of a request's body at most."""
 
 
 def create_app(
-    service: Service, engine: Engine, keys: Sequence[str] = (), seconds: float = 300, largest: int = LARGEST
+    service: Service,
+    engine: Engine,
+    keys: Sequence[str] = (),
+    seconds: float = 300,
+    largest: int = LARGEST,
+    body_seconds: float = 30,
 ) -> FastAPI:
     """The application.
 
@@ -45,6 +50,7 @@ def create_app(
         keys: one of them must come as `Authorization: Bearer KEY`; none: anyone may ask.
         seconds: that a request may take.
         largest: bytes of a body at most.
+        body_seconds: that a body may take to come.
     """
     metrics = Metrics(engine)
     answers = Answers(service, engine, metrics, seconds)
@@ -52,51 +58,62 @@ def create_app(
     _errors(app)
     _routes(app, answers, metrics)
     paths = {getattr(route, "path", "") for route in app.routes}
-    app.add_middleware(Gate, keys=tuple(keys), largest=largest, metrics=metrics, paths=paths, refuse=error)
+    app.add_middleware(
+        Gate, keys=tuple(keys), largest=largest, metrics=metrics, paths=paths, refuse=error, patience=body_seconds
+    )
     return app
 
 
 def _routes(app: FastAPI, answers: Answers, metrics: Metrics) -> None:
     engine, service = answers.engine, answers.service
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=contract.responses(contract.CompletionAnswer, streamed=True))
     async def completions(fields: CompletionFields, request: Request) -> Response:
+        """Continue texts, or fill what is between two."""
         return await answers.completions(fields, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=contract.responses(contract.ChatAnswer, streamed=True))
     async def chat(fields: ChatFields, request: Request) -> Response:
+        """Answer a conversation."""
         return await answers.chat(fields, request)
 
-    @app.post("/v1/infill")
+    @app.post("/v1/infill", responses=contract.responses(contract.InfillAnswer, streamed=True))
     async def infill(fields: InfillFields, request: Request) -> Response:
+        """Fill the blanks of a text."""
         return await answers.infill(fields, request)
 
-    @app.post("/v1/score")
+    @app.post("/v1/score", responses=contract.responses(contract.ScoreAnswer))
     async def score(fields: ScoreFields, request: Request) -> Response:
+        """The likelihood of some of a text's tokens given others."""
         return await answers.score(fields, request)
 
-    @app.post("/infill")
+    @app.post("/infill", responses=contract.responses(contract.EditorAnswer, streamed=True))
     async def editor(fields: EditorFields, request: Request) -> Response:
+        """Fill at a cursor, as llama.cpp's server does."""
         return await answers.editor(fields, request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=contract.responses(contract.ModelsAnswer, asked=False))
     async def models() -> Response:
+        """The model."""
         one = {"id": service.name, "object": "model", "created": answers.since, "owned_by": "anyorder"}
         return Response(dumps({"object": "list", "data": [one]}), media_type="application/json")
 
-    @app.get("/health")
+    @app.get("/health", responses=contract.responses(contract.HealthAnswer, asked=False))
     async def health() -> Response:
+        """Whether it serves."""
         if engine.draining:
             return error(503, "the server is shutting down")
         state = {"status": "ok", "queued": engine.queued, "at_work": engine.at_work}
         return Response(dumps(state), media_type="application/json")
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=contract.responses(None, asked=False))
     async def numbers() -> Response:
+        """Prometheus' numbers."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:
+        """The page."""
         return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
 
@@ -113,32 +130,9 @@ def error(status: int, message: str, param: str | None = None, code: str | None 
 
 
 def _errors(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def of_fields(request: Request, raised: RequestValidationError) -> Response:
-        first = raised.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        name = ".".join(part for part in where if part.isidentifier() or part.isdigit()) or None
-        message = "the body is no JSON" if first["type"] == "json_invalid" else first["msg"]
-        return error(400, f"{name}: {message}" if name else message, param=name)
+    async def answer(request: Request, raised: Exception) -> Response:
+        status, body = told(raised, request.url.path)
+        return Response(dumps(body), status, media_type="application/json")
 
-    @app.exception_handler(HTTPException)
-    async def of_http(request: Request, raised: HTTPException) -> Response:
-        return error(raised.status_code, str(raised.detail))
-
-    @app.exception_handler(ValueError)
-    async def of_value(request: Request, raised: ValueError) -> Response:
-        return error(400, str(raised))
-
-    @app.exception_handler(TooBusyError)
-    async def of_busy(request: Request, raised: TooBusyError) -> Response:
-        return error(503, str(raised), code="overloaded")
-
-    @app.exception_handler(UnwantedError)
-    async def of_time(request: Request, raised: UnwantedError) -> Response:
-        late = isinstance(raised, TimeIsOverError)
-        return error(504 if late else 503, str(raised), code="timeout" if late else "cancelled")
-
-    @app.exception_handler(Exception)
-    async def of_others(request: Request, raised: Exception) -> Response:
-        logger.error("%s", request.url.path, exc_info=raised)
-        return error(500, "an error of the server's: see its log")
+    for kind in (RequestValidationError, HTTPException, ValueError, TooBusyError, UnwantedError, Exception):
+        app.exception_handler(kind)(answer)

@@ -132,6 +132,12 @@ class Settled(Watcher):
             self._put(text, new)
 
 
+def likeliest(logits: Tensor, count: int) -> tuple[list[list[float]], list[list[int]]]:
+    """The log-probabilities and the ids of so many tokens at most of each of (N, V) logits, the likeliest first."""
+    log_probs, ids = logits.float().log_softmax(dim=-1).topk(min(count, logits.shape[1]), dim=-1)
+    return log_probs.tolist(), ids.tolist()
+
+
 class Alternatives(LogitsProcessor):
     """Keeps the likeliest tokens of each position, and changes nothing.
 
@@ -144,9 +150,18 @@ class Alternatives(LogitsProcessor):
         self.count, self.found = count, found
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        log_probs, ids = scores.float().log_softmax(dim=-1).topk(min(self.count, scores.shape[1]), dim=-1)
-        self.found[input_ids.shape[1]] = tuple(zip(ids[0].tolist(), log_probs[0].tolist(), strict=True))
+        log_probs, ids = likeliest(scores, self.count)
+        self.found[input_ids.shape[1]] = tuple(zip(ids[0], log_probs[0], strict=True))
         return scores
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A token that might have stood there."""
+
+    text: str
+    token: int
+    logprob: float
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,8 @@ class Placed:
     token: int
     logprob: float
     step: int
+    top_logprobs: tuple[Alternative, ...] | None = None
+    """The likeliest tokens there, if they were asked for."""
 
 
 class Placing(Watcher):
@@ -168,16 +185,18 @@ class Placing(Watcher):
     Args:
         text: of a token id.
         start: tokens in front of the text.
+        best: likeliest tokens to tell of each position.
         put: called with what a step has drawn.
 
     Attributes:
         trace: all of it so far.
     """
 
-    def __init__(self, text: Callable[[int], str], start: int, put: Callable[[list[Placed]], None]):
+    def __init__(self, text: Callable[[int], str], start: int, best: int, put: Callable[[list[Placed]], None]):
         self.trace: list[Placed] = []
-        self._text, self._start, self._put = text, start, put
+        self._text, self._start, self._best, self._put = text, start, best, put
         self._blank: list[int] = []
+        self._found: dict[int, tuple[Alternative, ...]] = {}
 
     def blanks(self, blank: Tensor) -> None:
         self._blank = blank[0].tolist()
@@ -185,10 +204,22 @@ class Placing(Watcher):
     def begin(self, ids: Tensor, is_open: Tensor) -> None:
         """Nothing is drawn yet."""
 
+    def offered(self, row: Tensor, column: Tensor, logits: Tensor) -> None:
+        """What was offered last before a token was drawn are its alternatives."""
+        if not self._best:
+            return
+        log_probs, ids = likeliest(logits, self._best)
+        for position, own, tokens in zip(column.tolist(), log_probs, ids, strict=True):
+            texts = [self._text(token) for token in tokens]
+            self._found[position] = tuple(map(Alternative, texts, tokens, own))
+
     def step(self, commits: Sequence[Commit]) -> None:
         placed = [
-            Placed(self._blank[c.position], c.position - self._start, self._text(c.token), c.token, c.log_prob, c.step)
+            Placed(
+                self._blank[c.position], c.position - self._start, self._text(c.token), c.token, c.log_prob, c.step,
+                self._found.get(c.position, ()) if self._best else None,
+            )
             for c in commits
-        ]
+        ]  # fmt: skip
         self.trace += placed
         self._put(placed)

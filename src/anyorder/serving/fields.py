@@ -19,7 +19,9 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
 class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class Sampling(_Fields):
@@ -30,10 +32,12 @@ class Sampling(_Fields):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, le=1_000_000)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     seed: Seed | None = None
     policy: Short | None = None
+    """Which positions come next, as on the command line: `groupwise:size=4`, `dynamic:criterion=entropy`."""
     group_size: int = Field(default=1, ge=1, le=256)
+    """Tokens that are drawn at a step; with `policy` its own options say so."""
     stream: bool = False
     user: Short | None = None
 
@@ -65,6 +69,7 @@ class CompletionFields(_OpenAI):
 
     prompt: Text | Annotated[list[Any], Field(max_length=65_536)] = ""
     suffix: Text | None = None
+    """What stands behind: the text between is filled, its length found."""
     max_tokens: int = Field(default=16, ge=0, le=65_536)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
@@ -118,11 +123,16 @@ class InfillFields(Sampling):
 
     temperature: float = Field(default=0.0, ge=0, le=100)
     text: Text
+    """With blanks; at most 64."""
     blank: Annotated[str, Field(min_length=1, max_length=100)] = "___"
+    """What marks one; of underscores also a longer run."""
     length: Length | Annotated[list[Length], Field(max_length=64)] = "auto"
+    """Tokens of a blank: a number, `[least, most]` or `"auto"`; for all of them, or a list with one for each."""
     constraints: Constraint | Annotated[list[Constraint | None], Field(max_length=64)] | None = None
     order: Literal["left_to_right", "random"] = "left_to_right"
     single_line: bool | None = None
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    """Likeliest tokens to tell of each position."""
     messages: Annotated[list[Message], Field(max_length=1000)] | None = None
 
 
@@ -135,7 +145,9 @@ class ScoreFields(_Fields):
     model: Short | None = None
     text: Text
     targets: Annotated[list[Range], Field(max_length=256)] | None = None
+    """Ranges of characters, `[start, end)`, that are scored; default: all that is not given."""
     given: Annotated[list[Range], Field(max_length=256)] | None = None
+    """Ranges of characters that are known; default: all that is no target."""
     order: Literal["left_to_right", "random"] = "left_to_right"
     group_size: int = Field(default=1, ge=1, le=256)
     seed: Seed = 0
@@ -153,7 +165,7 @@ class Extra(BaseModel):
 class EditorFields(BaseModel):
     """`/infill`, as llama.cpp's server has it. What has no meaning here is ignored, as its clients expect."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
     input_prefix: Text = ""
     input_suffix: Text = ""
     input_extra: Annotated[list[Extra], Field(max_length=1000)] = []
@@ -168,3 +180,5 @@ class EditorFields(BaseModel):
     min_p: float = 0.0
     seed: int = -1
     stream: bool = False
+    response_fields: Annotated[list[Short], Field(max_length=64)] = []
+    """Parts of the answer that are wanted, such as `content` and `timings/prompt_n`; none named: all."""

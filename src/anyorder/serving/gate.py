@@ -1,10 +1,12 @@
 """What stands in front of every route: keys, the size of bodies, numbers and a line of log.
 
-Keys are compared in constant time and never logged; a body that is too large is refused before it is read.
+Keys are compared in constant time and never logged; a body that is too large is refused before it is read, and one that
+does not come is not waited for.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -22,7 +24,7 @@ OPEN = ("/health", "/")
 """Paths that need no key."""
 
 
-class _TooLargeError(Exception):
+class _RefusedError(Exception):
     pass
 
 
@@ -36,6 +38,7 @@ class Gate:
         metrics: are told.
         paths: that there are; others are counted as one.
         refuse: makes an error of a status and a message.
+        patience: seconds that a body may take to come.
     """
 
     def __init__(
@@ -46,28 +49,38 @@ class Gate:
         metrics: Metrics,
         paths: set[str],
         refuse: Callable[[int, str], Response],
+        patience: float,
     ):
         self.app, self.keys, self.largest = app, [key.encode() for key in keys], largest
-        self.metrics, self.paths, self.refuse = metrics, paths, refuse
+        self.metrics, self.paths, self.refuse, self.patience = metrics, paths, refuse, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Of ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun, seen, status = time.monotonic(), 0, 0
+        begun, status = time.monotonic(), 0
+        seen, whole = 0, False  # of the body: bytes, and whether they are all of it
+        refused: tuple[int, str] | None = None
 
         async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
+            nonlocal seen, whole, refused
+            if whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), begun + self.patience - time.monotonic())
+            except TimeoutError:
+                refused = 408, f"the body has not come within {self.patience:g} seconds"
+                raise _RefusedError from None
+            seen, whole = seen + len(message.get("body", b"")), not message.get("more_body", False)
             if seen > self.largest:
-                raise _TooLargeError
+                refused = 413, f"the body is larger than {self.largest} bytes"
+                raise _RefusedError
             return message
 
         async def noting(message: Message) -> None:
             nonlocal status
-            if seen <= self.largest:  # else what the application says of a body that it could not read is not sent
+            if refused is None:  # else what the application says of a body that it could not read is not sent
                 status = message.get("status", status)
                 await send(message)
 
@@ -78,18 +91,17 @@ class Gate:
             if self.keys and scope["path"] not in OPEN and not self._has_key(headers):
                 answer = self.refuse(401, "a key is needed: Authorization: Bearer KEY")
             elif length.isdigit() and int(length) > self.largest:
-                seen = self.largest + 1
+                answer = self.refuse(413, f"the body is larger than {self.largest} bytes")
             elif scope["method"] == "POST" and not headers.get(b"content-type", b"").startswith(b"application/json"):
                 # A page elsewhere can have a browser post text to this machine unasked, but no JSON.
                 answer = self.refuse(415, "Content-Type must be application/json")
-            if seen <= self.largest:
-                await answer(scope, limited, noting)
-        except _TooLargeError:
+            await answer(scope, limited, noting)
+        except _RefusedError:
             pass
         finally:
-            if seen > self.largest and not status:
-                status = 413
-                await self.refuse(status, f"the body is larger than {self.largest} bytes")(scope, receive, send)
+            if refused is not None and not status:
+                status = refused[0]
+                await self.refuse(*refused)(scope, receive, send)
             self._note(scope, status, time.monotonic() - begun)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:

@@ -26,6 +26,7 @@ from anyorder.infill.infiller import Infill, Infiller
 from anyorder.infill.lengths import AUTO
 from anyorder.infill.prompt import Prompt
 from anyorder.modeling import AnyOrderForCausalLM
+from anyorder.serving.errors import FieldError
 from anyorder.serving.feeds import Alternatives, EnoughError, Growth, Placed, Placing, Settled, Token
 from anyorder.serving.fields import Constraint, InfillFields, Message, Sampling, ScoreFields
 from anyorder.serving.joining import JoinedRunner
@@ -87,7 +88,7 @@ class Service:
             if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < self.model.vocabulary_size
         ]
         if bad:
-            raise ValueError(f"prompt holds {bad[0]!r}: token ids are 0..{self.model.vocabulary_size - 1}")
+            raise FieldError("prompt", f"prompt holds {bad[0]!r}: token ids are 0..{self.model.vocabulary_size - 1}")
         ids = list(prompt) or [self.pieces.start_token()]
         return Prompt(self.tokenizer.decode(ids), ids, False, self.pieces)
 
@@ -158,14 +159,14 @@ class Service:
         check_text("text", asked.text)
         blanks = asked.text.count(asked.blank)
         if blanks > MOST_BLANKS:
-            raise ValueError(f"the text has {blanks} blanks: at most {MOST_BLANKS} are filled at once")
+            raise FieldError("text", f"the text has {blanks} blanks: at most {MOST_BLANKS} are filled at once")
         messages = None if asked.messages is None else _said(asked.messages)
         infiller = self.infiller if messages is None else Infiller(self.model, self.tokenizer, messages=messages)
         length = _lengths(asked.length)
         constraints = _constraints(asked.constraints)
 
         def work(runner: JoinedRunner) -> tuple[Infill, list[Placed]]:
-            watch = Placing(self._text_of, len(infiller.start_ids), put)
+            watch = Placing(self._text_of, len(infiller.start_ids), asked.top_logprobs, put)
             filled = infiller(
                 asked.text, blank=asked.blank, length=length, constraints=constraints, order=asked.order,
                 group_size=1 if policy else asked.group_size, policy=policy, single_line=asked.single_line,
@@ -193,7 +194,7 @@ class Service:
         """The likelihood of some tokens of a text given others."""
         check_text("text", asked.text)
         if not asked.text:
-            raise ValueError("text is empty: nothing to score")
+            raise FieldError("text", "text is empty: nothing to score")
         encoded = self.tokenizer(asked.text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         targets = _touched(offsets, asked.targets, "targets", len(asked.text))
@@ -204,9 +205,9 @@ class Service:
         both = sorted(targets & given)
         if both:
             start, end = offsets[both[0]]
-            raise ValueError(f"the token {asked.text[start:end]!r} at {start} is both a target and given")
+            raise FieldError("given", f"the token {asked.text[start:end]!r} at {start} is both a target and given")
         if not targets:
-            raise ValueError("targets holds no token: nothing to score")
+            raise FieldError("targets", "targets holds no token: nothing to score")
 
         def work(runner: JoinedRunner) -> list[Scored]:
             whole = torch.tensor([[self.pieces.start_token(), *ids]])
@@ -234,8 +235,13 @@ def policy_of(asked: Sampling) -> Policy | None:
     if asked.policy is None:
         return None if asked.group_size == 1 else policies.groupwise(asked.group_size)
     if asked.group_size != 1:
-        raise ValueError(f"group_size {asked.group_size} and policy both say what a step commits: choose one")
-    return policies.parse(asked.policy)
+        raise FieldError(
+            "group_size", f"group_size {asked.group_size} and policy both say what a step commits: choose one"
+        )
+    try:
+        return policies.parse(asked.policy)
+    except ValueError as error:
+        raise FieldError("policy", f"policy: {error}") from error
 
 
 def drawing_of(asked: Sampling, number: int) -> dict[str, Any]:
@@ -274,7 +280,9 @@ def _constraints(asked: Constraint | Sequence[Constraint | None] | None) -> Any:
 def _constraint(asked: Constraint) -> BlankConstraint:
     given = sorted(name for name, value in asked if value is not None)
     if len(given) != 1:
-        raise ValueError(f"a constraint is one of choices, pattern and json_schema, got {given or 'none'}")
+        raise FieldError(
+            "constraints", f"a constraint is one of choices, pattern and json_schema, got {given or 'none'}"
+        )
     if asked.choices is not None:
         return Choice(*asked.choices)
     return Pattern(asked.pattern) if asked.pattern is not None else JsonSchema(asked.json_schema or {})
@@ -288,5 +296,5 @@ def _touched(
         return None
     for start, end in ranges:
         if not start < end <= length:
-            raise ValueError(f"{name} holds [{start}, {end}]: ranges are [start, end) within {length} characters")
+            raise FieldError(name, f"{name} holds [{start}, {end}]: ranges are [start, end) within {length} characters")
     return {n for n, (a, b) in enumerate(offsets) for start, end in ranges if a < end and b > start}
