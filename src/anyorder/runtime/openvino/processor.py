@@ -22,9 +22,9 @@ _OF_WEIGHTS: dict[str, dict[str, Any]] = {
         "KV_CACHE_PRECISION": "bf16",
         "EXECUTION_MODE_HINT": "PERFORMANCE",
     },
-    # Activations in 8 bits, too, by 32.
-    "int8": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32, "EXECUTION_MODE_HINT": "PERFORMANCE"},
-    "int4": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32, "EXECUTION_MODE_HINT": "PERFORMANCE"},
+    # Activations in 8 bits, too, by 64: by 32 a step of 15 rows takes a tenth longer.
+    "int8": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 64, "EXECUTION_MODE_HINT": "PERFORMANCE"},
+    "int4": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 64, "EXECUTION_MODE_HINT": "PERFORMANCE"},
 }
 
 
