@@ -22,7 +22,7 @@ from typing import Any
 
 from anyorder.runtime.processor import describe
 
-ENGINES = ("eager", "openvino:float32", "openvino:bfloat16", "openvino:int8")
+ENGINES = ("eager", "openvino:float32", "openvino:bfloat16", "openvino:int8", "openvino:int4")
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
     runner = engines.runner_for(model, name, weights or None)
     found: dict[str, Any] = {"seconds": time.perf_counter() - started, "disk": _megabytes(Path(cache)), "nats": 0.0}
     size = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    found["weights"] = size * {"": 4, "float32": 4, "bfloat16": 2, "int8": 1}[weights] / 1e6
+    found["weights"] = size * {"": 4, "float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}[weights] / 1e6
     if step == "use":
         found["nats"] = _nats(runner, tokenizer, options) if options.text is not None else float("nan")
     found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
