@@ -155,8 +155,9 @@ def test_fewer_bits_are_nearly_the_same(models, monkeypatch, weights):
         monkeypatch.setattr(int4, "TOKENS", 24)
     model = models("gated")
     found = run(model, IDS, ORDER, engine="openvino", weights=weights, forced_ids=IDS).log_probs
-    error = (found - model.log_likelihood(IDS, ORDER)).abs().max()
-    assert 0 < error < 1.0
+    own = model.log_likelihood(IDS, ORDER)
+    error = (found - own).abs().mean()
+    assert 0 < error < {"int8": 0.1, "bfloat16": 0.1, "int4": 0.5}[weights]
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8", "bfloat16"])
