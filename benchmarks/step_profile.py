@@ -26,7 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from anyorder import DEFAULT_MODEL, AnyOrderForCausalLM, load, policies
-from anyorder.hub.pretrained import load_causal_lm
+from anyorder.bench.others import base_of_its_own
 from anyorder.runtime.engines import runner_for
 from anyorder.runtime.runner import ModelRunner
 
@@ -87,9 +87,7 @@ def main() -> None:
 
 
 def _hugging_face(model: AnyOrderForCausalLM, prompt: torch.Tensor, new: int) -> Callable[[], int]:
-    # A base of its own: ours has another attention function and, with an adapter, other modules.
-    name = (model.config.base or {}).get("name") or model.causal_lm.name_or_path
-    causal_lm: Any = load_causal_lm(name, dtype=model.causal_lm.dtype)
+    causal_lm: Any = base_of_its_own(model)
 
     def decode() -> int:
         causal_lm.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0, top_k=0)

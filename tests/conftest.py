@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,25 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def service(byte_tokenizer: PreTrainedTokenizerFast) -> Iterator[Any]:
+    """What a server serves, on a tiny model."""
+    from serving import CHAT, service_of
+
+    byte_tokenizer.chat_template = CHAT
+    yield service_of(byte_tokenizer)
+    byte_tokenizer.chat_template = None
+
+
+@pytest.fixture(scope="module")
+def server(service: Any) -> Iterator[tuple[str, Any]]:
+    """The address of a server, and its engine."""
+    from serving import serving
+
+    with serving(service) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

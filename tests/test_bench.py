@@ -140,6 +140,7 @@ def test_llama_cpp_is_asked_for_each_row(monkeypatch):
     with pytest.raises(ValueError, match="got a batch of 33"):
         decoder(PROMPTS[:1].expand(33, -1), 5, range(33))
     server.http.shutdown()
+    server.http.server_close()
 
 
 def test_the_gguf_file_of_a_model_is_found(tmp_path):

@@ -156,8 +156,9 @@ def test_fewer_bits_are_nearly_the_same(models, monkeypatch, weights):
     model = models("gated")
     found = run(model, IDS, ORDER, engine="openvino", weights=weights, forced_ids=IDS).log_probs
     own = model.log_likelihood(IDS, ORDER)
-    error = (found - own).abs().mean()
-    assert 0 < error < {"int8": 0.1, "bfloat16": 0.1, "int4": 0.5}[weights]
+    errors = (found - own).abs()
+    assert 0 < errors.mean() < {"int8": 0.1, "bfloat16": 0.1, "int4": 0.5}[weights]
+    assert weights == "int4" or errors.max() < 1.0
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8", "bfloat16"])

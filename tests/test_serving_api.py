@@ -16,20 +16,7 @@ import editors  # noqa: E402
 from anyorder import Factorization, policies  # noqa: E402
 from anyorder.scoring import conditional_log_likelihood  # noqa: E402
 from decoding_runs import generator  # noqa: E402
-from serving import CHAT, alone, events, post, service_of, serving  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def service(byte_tokenizer):
-    byte_tokenizer.chat_template = CHAT
-    yield service_of(byte_tokenizer)
-    byte_tokenizer.chat_template = None
-
-
-@pytest.fixture(scope="module")
-def server(service):
-    with serving(service) as (address, engine):
-        yield address, engine
+from serving import alone, events, post  # noqa: E402
 
 
 @pytest.fixture(scope="module")

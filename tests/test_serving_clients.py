@@ -15,21 +15,7 @@ pytest.importorskip("fastapi", reason="pip install 'anyorder[serve]'")
 httpx = pytest.importorskip("httpx")
 
 from decoding_runs import generator  # noqa: E402
-from serving import CHAT, alone, post, service_of, serving  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def service(byte_tokenizer):
-    byte_tokenizer.chat_template = CHAT
-    yield service_of(byte_tokenizer)
-    byte_tokenizer.chat_template = None
-
-
-@pytest.fixture(scope="module")
-def server(service):
-    with serving(service) as (address, engine):
-        yield address, engine
-
+from serving import alone, post, serving  # noqa: E402
 
 # ---------------------------------------------------------------------- clients that go, keys, load
 

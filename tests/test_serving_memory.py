@@ -10,8 +10,6 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install 'anyorder[serve]'")
 httpx = pytest.importorskip("httpx")
 
-from serving import CHAT, service_of, serving  # noqa: E402
-
 STATUS = Path("/proc/self/status")
 pytestmark = [
     pytest.mark.slow,
@@ -44,18 +42,11 @@ def ask(client: httpx.Client, number: int) -> None:
     assert client.post(path, json=body).status_code == status
 
 
-def test_memory_stays_over_500_requests(byte_tokenizer):
-    byte_tokenizer.chat_template = CHAT
-    try:
-        with (
-            serving(service_of(byte_tokenizer)) as (address, _),
-            httpx.Client(base_url=address, timeout=60) as client,
-        ):
-            for number in range(200):
-                ask(client, number)
-            before = resident()
-            for number in range(200, 700):
-                ask(client, number)
-            assert resident() < 1.02 * before
-    finally:
-        byte_tokenizer.chat_template = None
+def test_memory_stays_over_500_requests(server):
+    with httpx.Client(base_url=server[0], timeout=60) as client:
+        for number in range(200):
+            ask(client, number)
+        before = resident()
+        for number in range(200, 700):
+            ask(client, number)
+        assert resident() < 1.02 * before

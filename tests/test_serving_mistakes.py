@@ -17,22 +17,9 @@ from anyorder.serving import contract  # noqa: E402
 from anyorder.serving.engine import TimeIsOverError  # noqa: E402
 from anyorder.serving.service import Piece  # noqa: E402
 from decoding_runs import generator  # noqa: E402
-from serving import CHAT, JSON, alone, events, post, service_of, serving  # noqa: E402
+from serving import JSON, alone, events, post, serving  # noqa: E402
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/infill", "/v1/score", "/infill")
-
-
-@pytest.fixture(scope="module")
-def service(byte_tokenizer):
-    byte_tokenizer.chat_template = CHAT
-    yield service_of(byte_tokenizer)
-    byte_tokenizer.chat_template = None
-
-
-@pytest.fixture(scope="module")
-def server(service):
-    with serving(service) as (address, engine):
-        yield address, engine
 
 
 # ---------------------------------------------------------------------- mistakes

@@ -17,17 +17,10 @@ openai = pytest.importorskip("openai", reason="the client of OpenAI's API")
 
 import local_ray  # noqa: E402 (first: it says how Ray is to be imported)
 from anyorder.serving.ray_app import NAME, Arguments, build  # noqa: E402
-from serving import CHAT, events, service_of, serving  # noqa: E402
+from serving import events, serving  # noqa: E402
 
 REPLICA = f"ServeReplica:default:{NAME}"
 SLOTS, CONTEXT, LONG = 2, 64, 60
-
-
-@pytest.fixture(scope="module")
-def service(byte_tokenizer):
-    byte_tokenizer.chat_template = CHAT
-    yield service_of(byte_tokenizer)
-    byte_tokenizer.chat_template = None
 
 
 @pytest.fixture(scope="module")

@@ -84,8 +84,7 @@ def load(
             raise ValueError(f"{name_or_path} is a plain causal LM, not an adapter: it has no base_model")
         model = model_class.from_causal_lm(name_or_path, recipe=recipe or "exact", **kwargs)
     model.eval()
-    if (engine, weights) != ("auto", None):
-        prefer(model, engine, weights)
+    prefer(model, engine, weights)
     return model, tokenizer
 
 

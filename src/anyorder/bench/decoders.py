@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class HuggingFace(Decoder):
 
     by_row = False  # one global generator draws for all rows
     is_reference = True
+    more: ClassVar[Sampling] = {}
+    """Further settings of `generate`."""
 
     def __init__(self, model: AnyOrderForCausalLM, sampling: Sampling | None):
         self.base, self.sampling = model.causal_lm, sampling
@@ -72,8 +74,9 @@ class HuggingFace(Decoder):
         if self.sampling is not None:
             draws = {"do_sample": True, "top_k": 0, **self.sampling}
         sequences = self.base.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, pad_token_id=0, **draws
-        )
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+            **draws, **self.more,
+        )  # fmt: skip
         return Continuation(sequences, new)
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from anyorder.bench.decoders import Continuation, Decoder, Foreign, Sampling, foreign_function
+from anyorder.bench.decoders import Continuation, Decoder, Foreign, HuggingFace, Sampling, foreign_function
 from anyorder.hub.pretrained import load_causal_lm
 from anyorder.hub.resolve import gguf_file
 from anyorder.modeling import AnyOrderForCausalLM
@@ -28,41 +29,29 @@ MOST_SLOTS = 32
 """Requests that llama.cpp decodes at once; its context is shared out among them."""
 
 
-class CompiledHuggingFace(Decoder):
+class CompiledHuggingFace(HuggingFace):
     """The base model under `generate` with a static cache, its forward through torch.compile.
-
-    A base of its own: the one inside a converted model has another attention function.
 
     Args:
         model: a converted model, whose base is loaded once more.
         sampling: as of `HuggingFace`.
     """
 
-    by_row = False
     engine = COMPILED
-    is_reference = True
+    more: ClassVar[Sampling] = {"cache_implementation": "static"}
 
     def __init__(self, model: AnyOrderForCausalLM, sampling: Sampling | None):
-        self._name = (model.config.base or {}).get("name") or model.causal_lm.name_or_path
-        self._dtype, self._sampling = model.causal_lm.dtype, sampling
+        super().__init__(model, sampling)
+        self.base: Any = base_of_its_own(model)
+        self.base.forward = torch.compile(self.base.forward)
         self.name = "hugging face, compiled" + ", greedy" * (sampling is None)
 
-    @cached_property
-    def _model(self) -> Any:
-        model: Any = load_causal_lm(self._name, dtype=self._dtype)
-        model.forward = torch.compile(model.forward)
-        return model
 
-    def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
-        torch.manual_seed(seeds[0])
-        draws: Sampling = {"do_sample": False}
-        if self._sampling is not None:
-            draws = {"do_sample": True, "top_k": 0, **self._sampling}
-        sequences = self._model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
-            cache_implementation="static", **draws,
-        )  # fmt: skip
-        return Continuation(sequences, new)
+def base_of_its_own(model: AnyOrderForCausalLM) -> PreTrainedModel:
+    """The base of a converted model, loaded once more: the one inside has another attention function and, with an
+    adapter, other modules."""
+    name = (model.config.base or {}).get("name") or model.causal_lm.name_or_path
+    return load_causal_lm(name, dtype=model.causal_lm.dtype)
 
 
 class LlamaCpp(Decoder):
@@ -115,21 +104,22 @@ class LlamaCpp(Decoder):
         return [int(token) for token in tokens]
 
 
-def check(places: Sequence[str], sampling: Sampling | None) -> None:
-    """Raise ValueError for what cannot be measured, before a model is loaded."""
-    for place in places:
-        if place == LLAMA_CPP:
-            if importlib.util.find_spec("xllamacpp") is None:
-                raise ValueError(f"--against {LLAMA_CPP} needs: pip install xllamacpp")
-        elif place != COMPILED:
-            foreign_function(place)
+Places = dict[str, tuple[Callable[..., Any], str] | None]
+"""What --against names, and of a function of anyone's that and its name."""
 
 
-def others(places: Sequence[str], model: AnyOrderForCausalLM, sampling: Sampling | None, name: str) -> list[Decoder]:
+def read(places: Sequence[str]) -> Places:
+    """What --against names; raise ValueError for what cannot be measured, before a model is loaded."""
+    if LLAMA_CPP in places and importlib.util.find_spec("xllamacpp") is None:
+        raise ValueError(f"--against {LLAMA_CPP} needs: pip install xllamacpp")
+    return {place: None if place in (LLAMA_CPP, COMPILED) else foreign_function(place) for place in places}
+
+
+def others(places: Places, model: AnyOrderForCausalLM, sampling: Sampling | None, name: str) -> list[Decoder]:
     """The decoders that --against names.
 
     Args:
-        places: what it names.
+        places: of `read`.
         model: a converted model.
         sampling: as of `HuggingFace`.
         name: what the model was loaded from.
@@ -138,14 +128,14 @@ def others(places: Sequence[str], model: AnyOrderForCausalLM, sampling: Sampling
         ValueError: for llama.cpp on a model whose base is no GGUF file.
     """
     found: list[Decoder] = []
-    for place in dict.fromkeys(places):
-        if place == LLAMA_CPP:
+    for place, function in places.items():
+        if function is not None:
+            found.append(Foreign(*function, model))
+        elif place == COMPILED:
+            found.append(CompiledHuggingFace(model, sampling))
+        else:
             file = gguf_file(name)
             if file is None:
                 raise ValueError(f"--against {LLAMA_CPP} reads the base's GGUF file, and {name} comes from none")
             found.append(LlamaCpp(file, sampling))
-        elif place == COMPILED:
-            found.append(CompiledHuggingFace(model, sampling))
-        else:
-            found.append(Foreign(*foreign_function(place), model))
     return found

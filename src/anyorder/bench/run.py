@@ -84,19 +84,19 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     from anyorder.bench import report
     from anyorder.bench.decoders import HuggingFace
     from anyorder.bench.measure import measure
-    from anyorder.bench.others import check, others
+    from anyorder.bench.others import others, read
     from anyorder.runtime.processor import describe
 
     _check_installed(options)
     sampling = _sampling(options)
     engines, chosen = _engines(options), _policies(options.policies)
-    check(options.against, sampling)
+    against = read(options.against)
     texts = _texts(options)
     model, tokenizer = load(options)
     ids, references = _prompts(options, texts, model, tokenizer)
     if options.uncoupled and model.coupling is None:
         raise ValueError(f"--uncoupled compares with a coupling, and {options.model} has none: leave it out")
-    decoders: list[Decoder] = [HuggingFace(model, sampling), *others(options.against, model, sampling, options.model)]
+    decoders: list[Decoder] = [HuggingFace(model, sampling), *others(against, model, sampling, options.model)]
     for engine in engines:
         decoders += _in_engine(model, _by_ones_first(chosen) if engine[0] != "eager" else chosen, sampling, *engine,
                                uncoupled=options.uncoupled)  # fmt: skip

@@ -65,11 +65,9 @@ def load_ready(options: argparse.Namespace) -> tuple[AnyOrderForCausalLM, PreTra
     """
     from anyorder.runtime.engines import check_engine, prefer
 
-    asked = options.engine, options.weights
-    check_engine(*asked)
+    check_engine(options.engine, options.weights)
     model, tokenizer = load_model(options)
-    if asked != ("auto", None):
-        prefer(model, *asked)
+    prefer(model, options.engine, options.weights)
     return model, tokenizer
 
 

@@ -64,7 +64,10 @@ def runner_for(model: AnyOrderPreTrainedModel, engine: str = "auto", weights: st
 
 
 def prefer(model: AnyOrderPreTrainedModel, engine: str, weights: str | None = None) -> None:
-    """Let "auto" mean this engine for a model from now on, and make it ready: see `runner_for`."""
+    """Let "auto" mean this engine for a model from now on, and make it ready: see `runner_for`. "auto" itself changes
+    nothing."""
+    if (engine, weights) == ("auto", None):
+        return
     runner_for(model, engine, weights)
     model.__dict__["_preferred_engine"] = engine, weights
 

@@ -17,7 +17,7 @@ from typing import Any
 from anyorder.infill.pieces import Pieces
 from anyorder.serving.errors import FieldError
 from anyorder.serving.feeds import EnoughError, Growth, Placed, first_stop
-from anyorder.serving.fields import EditorFields, Sampling
+from anyorder.serving.fields import EditorFields, Sampling, listed
 from anyorder.serving.joining import JoinedRunner
 from anyorder.serving.service import Piece, Put, Service
 
@@ -93,7 +93,7 @@ def work_of(service: Service, asked: EditorFields, capacity: int, put: Put) -> C
     """
     most = 128 if asked.n_predict < 0 else asked.n_predict
     before, behind = sides(asked, service.pieces, capacity - min(most, LONGEST) - SPARE)
-    stops = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop)
+    stops = listed(asked.stop)
     drawing = Sampling(
         temperature=max(asked.temperature, 0.0), top_k=min(max(asked.top_k, 0), 1_000_000),
         top_p=min(max(asked.top_p, 1e-3), 1.0), min_p=min(max(asked.min_p, 0.0), 1.0),
@@ -189,7 +189,7 @@ def _answer(
     prompt_ms, predicted_ms = (started - begun) * 1000, max(ended - started, 1e-6) * 1000
     settings = {
         "seed": asked.seed % 2**32, "temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p,
-        "min_p": asked.min_p, "stop": [asked.stop] if isinstance(asked.stop, str) else asked.stop,
+        "min_p": asked.min_p, "stop": listed(asked.stop),
         "max_tokens": asked.n_predict, "n_predict": asked.n_predict, "stream": asked.stream,
     }  # fmt: skip
     return {

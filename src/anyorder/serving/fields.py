@@ -18,6 +18,11 @@ Count = Annotated[int, Field(ge=1, le=65_536)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
+def listed(stop: str | list[str] | None) -> list[str]:
+    """The strings of a field that may be one, several or none."""
+    return [stop] if isinstance(stop, str) else stop or []
+
+
 class _Fields(BaseModel):
     model_config = ConfigDict(
         extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
@@ -60,8 +65,7 @@ class _OpenAI(Sampling):
     @property
     def stops(self) -> list[str]:
         """The strings that end a text; empty ones end none."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [one for one in stop if one]
+        return [one for one in listed(self.stop) if one]
 
 
 class CompletionFields(_OpenAI):

@@ -215,8 +215,7 @@ def _load(loading: Loading) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBas
     device = _device(loading.device)
     model, tokenizer = load(given, **options)
     model.to(device)
-    if (loading.engine, loading.weights) != ("auto", None):
-        prefer(model, loading.engine, loading.weights)
+    prefer(model, loading.engine, loading.weights)
     return model, tokenizer
 
 

@@ -107,15 +107,7 @@ class OpenVINORunner(ModelRunner):
         return hidden.clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = torch.empty(len(hidden), self.model.vocabulary_size)
-        if not len(hidden):
-            return logits
-        hidden = hidden.float().contiguous()
-        with self._shared_by_threads:
-            self._head.set_input_tensor(_shared(hidden))
-            self._head.set_output_tensor(_shared(logits))
-            self.infer(self._head)
-        return logits
+        return self._logits(self._head, hidden)
 
     def coupled_logits(self, hidden: Tensor, logits: Tensor, members: Tensor, distances: Tensor) -> Tensor:
         if "coupling" not in self._members:
@@ -134,12 +126,18 @@ class OpenVINORunner(ModelRunner):
         assert network is not None
         members, distances = members[:, : network.window], distances[:, : network.window]
         with torch.no_grad():
-            summed = network.summed(members, distances, self.model.get_input_embeddings()).float()
-        logits, hidden = torch.empty(len(hidden), self.model.vocabulary_size), hidden.float().contiguous()
-        request = self._members[name]
+            summed = network.summed(members, distances, self.model.get_input_embeddings())
+        return self._logits(self._members[name], hidden, summed)
+
+    def _logits(self, request: Any, *inputs: Tensor) -> Tensor:
+        """(N, V) float32 of a graph that makes logits of inputs with N rows each."""
+        logits = torch.empty(len(inputs[0]), self.model.vocabulary_size)
+        if not len(logits):
+            return logits
+        held = [one.float().contiguous() for one in inputs]
         with self._shared_by_threads:
-            request.set_input_tensor(0, _shared(hidden))
-            request.set_input_tensor(1, _shared(summed))
+            for number, one in enumerate(held):
+                request.set_input_tensor(number, _shared(one))
             request.set_output_tensor(_shared(logits))
             self.infer(request)
         return logits
