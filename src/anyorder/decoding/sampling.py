@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
-    LogitsProcessorList,
+    LogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -135,8 +136,8 @@ class Sampler:
                     raise ValueError(f"{name}={getattr(self, name)} has no effect with do_sample=False: leave one out")
         self._processors()  # transformers checks each value
 
-    def _processors(self) -> LogitsProcessorList:
-        processors = LogitsProcessorList()
+    def _processors(self) -> list[LogitsProcessor]:
+        processors: list[LogitsProcessor] = []
         for processor, value in (
             (RepetitionPenaltyLogitsProcessor, self.repetition_penalty),
             (TemperatureLogitsWarper, None if not self.temperature else float(self.temperature)),
@@ -147,6 +148,12 @@ class Sampler:
             if value is not None:
                 processors.append(processor(value))
         return processors
+
+    @cached_property
+    def _that_change(self) -> list[LogitsProcessor]:
+        """Those that have an effect. They are called one by one: transformers' own list asks for each one's signature
+        in every call, which takes longer than most of them."""
+        return self._processors() if self.temperature != 1 else replace(self, temperature=None)._processors()
 
     def process(
         self,
@@ -167,12 +174,14 @@ class Sampler:
         if self.allowed is not None:
             masks = self.allowed.masks.to(logits.device)[self.allowed.index[row, column].to(logits.device)]
             logits = logits.masked_fill(~masks, -torch.inf)
-        processors = self._processors()
         visible = visible.to(logits.device)
-        if processors and isinstance(processors[0], RepetitionPenaltyLogitsProcessor):
-            logits = processors.pop(0)(visible, logits)
+        penalties = 0 if self.repetition_penalty is None else 1
+        for processor in self._that_change[:penalties]:
+            logits = processor(visible, logits)
         logits = logits if custom is None else custom(logits)
-        return processors(visible, logits) if processors else logits
+        for processor in self._that_change[penalties:]:
+            logits = processor(visible, logits)
+        return logits
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """(N,) tokens: the argmax, or the inverse of the cumulative distribution at `uniform` in [0, 1).

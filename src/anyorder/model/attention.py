@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from anyorder.core.layout import Rows
+from anyorder.model.flex_attention import attend_by_flex
 from anyorder.model.kv_cache import KeyValueStore
 
 NAME = "anyorder"
@@ -102,6 +103,27 @@ class Reads:
         if self._store is not None:
             key, value = self._store.append(layer, key, value, self._ranks, self._start)
         return key[:, :, : self.key_count], value[:, :, : self.key_count]
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        dropout: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """(B, H, R, D): what the rows' queries read of keys and values, (B, G, K, D) of `keys_values`.
+
+        Args:
+            scaling: of scores; None: D ** -0.5.
+            dropout: of attention weights.
+            window: positions; None: no sliding window.
+            softcap: of scores (Gemma 2); None: none.
+        """
+        run = attend_by_flex if self.implementation == "flex_attention" else attend_by_blocks
+        return run(self, query, key, value, scaling, dropout, window, softcap)
 
     def stacks_heads(self, repeats: int) -> bool:
         """Whether `repeats` heads that share a key head are stacked as rows, each with its copy of the mask.
@@ -259,13 +281,12 @@ def anyorder_attention(
     layer = _layer_index(module)
     anyorder_reads.calls.append((layer, sliding_window))
     key, value = anyorder_reads.keys_values(layer, key, value)
-    run = _flex if anyorder_reads.implementation == "flex_attention" else _blocks
-    out = run(anyorder_reads, query, key, value, scaling, dropout, sliding_window, softcap)
+    out = anyorder_reads.attend(query, key, value, scaling, dropout, sliding_window, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _blocks(
-    reads: Reads,
+def attend_by_blocks(
+    reads: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -274,6 +295,11 @@ def _blocks(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    """`Reads.attend` by SDPA on the CPU or a GPU.
+
+    Args:
+        reads: with `plan` and `stacks_heads` of `Reads`.
+    """
     B, H, R, D = query.shape
     G = key.shape[1]
     repeats = H // G if softcap is not None or reads.stacks_heads(H // G) else 1
@@ -333,49 +359,6 @@ def _causal_softcap(
         K = key.shape[2]
         mask = torch.ones(R, K, dtype=torch.bool, device=query.device).tril(K - R)
     return _explicit(query, key, value, mask, scaling, dropout, softcap).transpose(1, 2).contiguous()
-
-
-def _flex(
-    reads: Reads,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    if dropout:
-        raise ValueError(f"flex_attention has no dropout: set the model's attention dropout ({dropout}) to 0")
-    # Under autocast rotated queries and keys are float32 and values are not; SDPA casts them by itself.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    repeats = query.shape[1] // key.shape[1]
-    if repeats & (repeats - 1):  # FlexAttention shares key heads only among powers of two
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    cap = None if softcap is None else functools.partial(_cap, softcap)
-    return _flex_kernel(query.device.type)(
-        query,
-        key,
-        value,
-        score_mod=cap,
-        block_mask=reads.block_mask(window),
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-        # The kernel for few queries (decoding) does not exist for every shape.
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if query.is_cuda else None,
-    )
-
-
-@functools.cache
-def _flex_kernel(device_type: str) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # Compiled, it never stores a score matrix. On the CPU the plain one serves: compiling takes longer than it saves.
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
-
-
-def _cap(softcap: float, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return softcap * torch.tanh(score / softcap)
 
 
 def _layer_index(module: nn.Module) -> int:

@@ -109,10 +109,8 @@ class MemberNetwork(nn.Module):
     def summed(self, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, D, embedding size) the members of each position, summed up by which weights are for them: what `code_of`
         takes, whose products are of the same sizes whatever the distances."""
-        found = torch.zeros(len(ids), *self.members.shape[::2], dtype=self.members.dtype, device=ids.device)
-        for number, rows, places in _by_distance(distances):
-            found[:, number].index_add_(0, rows, _unit(embed(ids[rows, places]), found.dtype))
-        return found
+        is_for = _numbers(distances)[:, :, None] == torch.arange(len(self.members), device=ids.device)
+        return is_for.to(self.members.dtype).transpose(1, 2) @ _unit(embed(ids), self.members.dtype)
 
     def code_of(self, hidden: Tensor, summed: Tensor) -> Tensor:
         """What `code` gives, to rounding, of members that are `summed` up."""
@@ -170,11 +168,16 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _by_distance(distances: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Numbers of weights, and the members (which row, which place) that they are for; one at least, for gradients."""
-    bounds = torch.tensor(DISTANCES, device=distances.device)
-    numbers = torch.bucketize(distances, bounds).masked_fill(distances == 0, -1)
+    numbers = _numbers(distances)
     for number in sorted({0, *numbers.unique().tolist()} - {-1}):
         rows, places = (numbers == number).nonzero(as_tuple=True)
         yield number, rows, places
+
+
+def _numbers(distances: Tensor) -> Tensor:
+    """Which weights are for members at such distances; -1: none."""
+    bounds = torch.tensor(DISTANCES, device=distances.device)
+    return torch.bucketize(distances, bounds).masked_fill(distances == 0, -1)
 
 
 def _unit(vectors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from anyorder.core.layout import Rows
 from anyorder.model import adapters
-from anyorder.model.attention import Block, additive, for_heads, which_are_read
+from anyorder.model.attention import Block, additive, attend_by_blocks, for_heads, which_are_read
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.kv_cache import KeyValueStore, scatter
 from anyorder.model.lm_head import head_of
@@ -49,7 +49,7 @@ class StaticReads:
         keys, values: of each layer, (B, heads, K, head_dim); written to.
     """
 
-    implementation = "sdpa"
+    attend = attend_by_blocks
 
     def __init__(
         self,

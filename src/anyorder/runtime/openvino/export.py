@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from anyorder.core.layout import Rows
-from anyorder.model.attention import Block, additive, for_heads
+from anyorder.model.attention import additive, for_heads
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.coupling import MemberNetwork
 from anyorder.model.kv_cache import KeyValueStore
@@ -44,8 +44,6 @@ class SlotReads:
         new: keys and values of the content rows, (B, heads, C, head_dim), likewise.
     """
 
-    implementation = "sdpa"
-
     def __init__(
         self,
         lo: Tensor,
@@ -63,10 +61,10 @@ class SlotReads:
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
         self._lo, self._hi, self._positions, self._content_count = lo, hi, positions, content_count
         self._slots, self._slot_positions, self._past = slots, slot_positions, past
-        self._masks: dict[tuple[int | None, int, torch.dtype], list[Block]] = {}
+        self._masks: dict[tuple[int | None, int], Tensor] = {}
 
     def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All slots; where a window bounds what rows read, with one more that holds zeros: see `plan`."""
+        """All slots; where a window bounds what rows read, with one more that holds zeros: see `_mask`."""
         self.new[layer] = key[:, :, : self._content_count], value[:, :, : self._content_count]
         _, window = self.calls[-1]
         found = []
@@ -75,23 +73,38 @@ class SlotReads:
             found.append(torch.cat([past, new, *nothing], dim=2))
         return found[0], found[1]
 
-    def stacks_heads(self, repeats: int) -> bool:
-        """Always: keys are then read once for all heads that share them."""
-        return True
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        dropout: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """All rows in one block, written out: of its own attention OpenVINO transposes and scales all keys first. Heads
+        that share keys are stacked as rows, so that keys are read once for all of them."""
+        assert not dropout, "nothing is trained here"
+        B, H, R, D = query.shape
+        G = key.shape[1]
+        scaled = query.reshape(B, G, -1, D) * (D**-0.5 if scaling is None else scaling)
+        scores = scaled @ key.transpose(-1, -2)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        read = (scores + self._mask(window, H // G)).softmax(dim=-1) @ value
+        return read.reshape(B, H, R, value.shape[-1])
 
-    def plan(self, window: int | None, repeats: int, dtype: torch.dtype) -> list[Block]:
-        """All rows in one block, with its mask. A row whose window holds no key in its interval reads the zeros."""
-        kept = (window, repeats, dtype)
-        if kept not in self._masks:
+    def _mask(self, window: int | None, repeats: int) -> Tensor:
+        """(B, 1, repeats * R, S) float32. A row whose window holds no key in its interval reads the zeros."""
+        if (window, repeats) not in self._masks:
             slots, there = self._slots[:, None], self._slot_positions
             read = (slots >= self._lo[:, :, None]) & (slots < self._hi[:, :, None])
             if window is not None:
                 read = read & ((self._positions[:, :, None] - there[:, None]).abs() < window)
                 read = torch.cat([read, ~read.any(dim=2, keepdim=True)], dim=2)
-            mask = for_heads(read, repeats)
-            mask = mask if dtype == torch.bool else additive(mask, dtype)
-            self._masks[kept] = [(slice(0, read.shape[1]), slice(0, read.shape[2]), mask)]
-        return self._masks[kept]
+            self._masks[window, repeats] = additive(for_heads(read, repeats), torch.float32)
+        return self._masks[window, repeats]
 
 
 class _Forward(nn.Module):

@@ -31,6 +31,8 @@ from anyorder.runtime.runner import ModelRunner, weights_of
 RANKS = 64
 """The store's ranks, the spare one included, are a multiple of it, and so is what is read of them: sizes that change
 with every step would have kernels made anew."""
+MOST_SPARE = 512
+"""Ranks that no row reads and a graph is given all the same."""
 
 
 @dataclass
@@ -197,11 +199,12 @@ def _sizes_of_keys_and_values(graph: ov.Model) -> list[tuple[tuple[int, int], tu
 
 
 def _count(read: int, capacity: int) -> int:
-    """Stored ranks that a graph gets: all, which is no copy, unless what is read is less than half of them."""
+    """Stored ranks that a graph gets: all, unless far more than it reads. Fewer have to be copied and bound in every
+    step, which takes as long as reading some hundreds more."""
     needed = RANKS
     while needed < read:
         needed *= 2
-    return capacity + 1 if 2 * needed > capacity + 1 else needed
+    return capacity + 1 if capacity + 1 <= 2 * needed + MOST_SPARE else needed
 
 
 def _shared(tensor: Tensor) -> ov.Tensor:
