@@ -7,6 +7,12 @@ mates. In bfloat16 rounding may turn a token: the share that holds is told.
 
     anyorder serve --port 8012 &
     python benchmarks/serving_load.py http://127.0.0.1:8012 --clients 32 --seconds 120 --output docs/serving_load.md
+
+With --continuations the mix is what any server of OpenAI's API answers, llama.cpp's for one, which `llama.cpp` for an
+address starts on the built-in model's GGUF file (pip install xllamacpp):
+
+    python benchmarks/serving_load.py http://127.0.0.1:8012 --continuations
+    python benchmarks/serving_load.py llama.cpp --continuations
 """
 
 from __future__ import annotations
@@ -45,13 +51,21 @@ class Answer:
     seconds: float
 
 
-def requests() -> list[tuple[str, dict[str, Any]]]:
-    """The paths and bodies of the mix."""
+def requests(continuations: bool) -> list[tuple[str, dict[str, Any]]]:
+    """The paths and bodies of the mix.
+
+    Args:
+        continuations: from left to right alone, all of them streamed.
+    """
     made: list[tuple[str, dict[str, Any]]] = []
     for number, start in enumerate(STARTS):
         drawn = {"temperature": 0.8, "top_k": 50, "seed": number} if number % 2 else {"temperature": 0}
+        made.append(
+            ("/v1/completions", {"prompt": start, "max_tokens": 48 + 16 * (number % 3), "stream": True} | drawn)
+        )
+        if continuations:
+            continue
         made += [
-            ("/v1/completions", {"prompt": start, "max_tokens": 48 + 16 * (number % 3), "stream": True} | drawn),
             ("/v1/completions", {"prompt": start, "max_tokens": 32, "group_size": 4} | drawn),
             ("/v1/infill", {"text": f"{start} ___. Then it was ___.", "length": 6, "stream": True} | drawn),
             ("/v1/infill", {"text": f"{start} ___, so all was well.", "policy": "dynamic:step_size=2", "length": 8}),
@@ -83,11 +97,10 @@ async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Ans
     return Answer(answer["text"], sum(span["tokens"] for span in answer["spans"]), first or seconds, seconds)
 
 
-async def run(address: str, clients: int, seconds: float) -> list[str]:
+async def run(address: str, clients: int, seconds: float, mix: list[tuple[str, dict[str, Any]]]) -> list[str]:
     """The report's lines."""
     limits = httpx.Limits(max_connections=clients + 1)
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
-        mix = requests()
         await ask(client, *mix[0])
         begun = time.perf_counter()
         alone = [await ask(client, path, body) for path, body in mix]
@@ -123,18 +136,41 @@ async def run(address: str, clients: int, seconds: float) -> list[str]:
     ]
 
 
+def llama_cpp(slots: int) -> Any:
+    """llama.cpp's server, running in threads of this process; it ends with the object."""
+    import xllamacpp
+
+    from anyorder import DEFAULT_MODEL
+    from anyorder.hub.resolve import gguf_file
+    from anyorder.runtime.processor import threads
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(gguf_file(DEFAULT_MODEL))
+    settings.n_parallel, settings.n_ctx, settings.verbosity = slots, 2048 * slots, -1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads()
+    return xllamacpp.Server(settings)
+
+
 def _spread(values: list[float]) -> str:
     return f"{median(values):.3f} / {quantiles(values, n=20)[-1]:.3f}" if len(values) > 1 else "-"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("address", help="of a server")
+    parser.add_argument("address", help="of a server; llama.cpp: its own is started")
+    parser.add_argument("--continuations", action="store_true", help="only what other servers answer, too")
+    parser.add_argument("--slots", type=int, default=16, help="of llama.cpp's server; default: 16, as ours")
     parser.add_argument("--clients", type=int, default=32, help="that ask at once; default: 32")
     parser.add_argument("--seconds", type=float, default=120, help="default: 120")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     options = parser.parse_args()
-    lines = asyncio.run(run(options.address, options.clients, options.seconds))
+    address = options.address
+    if address == "llama.cpp":
+        if not options.continuations:
+            parser.error("llama.cpp's server fills no blanks: add --continuations")
+        server = llama_cpp(options.slots)
+        address = server.listening_address
+    lines = asyncio.run(run(address, options.clients, options.seconds, requests(options.continuations)))
     report = "\n".join([f"    {shlex.join(['python', *sys.argv])}", "", *lines]) + "\n"
     print(report)
     if options.output is not None:

@@ -49,6 +49,7 @@ def test_a_line_is_filled_between_what_stands_around_it(subject, task):
         assert len(subject.pieces.encode(result["text"])) <= result["tokens"]
 
 
+@torch.no_grad()
 def test_the_base_models_own_tokens_are_needed_for_its_fill_in_the_middle(subject, monkeypatch):
     task = FillInTheMiddle()
     with pytest.raises(ValueError, match="the base model has no <.fim_prefix.>"):
@@ -65,6 +66,11 @@ def test_the_base_models_own_tokens_are_needed_for_its_fill_in_the_middle(subjec
     assert task.fill(subject, task.item(RECORD), 3) == "    y = x"
     prefix, suffix = (subject.pieces.encode(text, at_start=True) for text in (RECORD["prompt"], "\n    return y\n"))
     assert seen == [[5, *prefix, 6, *suffix, 7]]
+    line = subject.pieces.encode("    y = x")
+    (result,) = task.evaluate(subject, [task.item(RECORD)])  # how likely the line is behind the same prompt
+    logits = subject.model.causal_lm(torch.tensor([[*seen[0], *line]])).logits[0, -len(line) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(line)[:, None]).sum()
+    assert result["nats"] == pytest.approx(-float(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize(

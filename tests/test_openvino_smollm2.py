@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -60,3 +64,17 @@ def test_int8_costs_little_and_float32_nothing(smollm2):
 
     assert nats("float32") == pytest.approx(own, abs=1e-3)
     assert nats("int8") == pytest.approx(own, abs=0.03)
+
+
+def test_no_compiler_is_needed(tmp_path):
+    """Prepared and used where no program at all is found."""
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    environment |= {"PATH": str(nothing), "ANYORDER_CACHE": str(tmp_path / "cache")}
+    asked = ["generate", PROMPTS[0], "--max-new-tokens", "8", "--engine", "openvino"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "anyorder", *asked], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout.split()) > len(PROMPTS[0].split())

@@ -68,7 +68,7 @@ def fill(page, text, **fields):
     page.fill("#text", text)
     for name, value in fields.items():
         field = page.locator(f"[data-field={name}]").first
-        field.select_option(value) if name == "policy" else field.fill(value)
+        field.select_option(value) if name in ("policy", "coupling") else field.fill(value)
     page.click("#fill")
     playwright.expect(page.locator(".card .status").first).to_have_text(re.compile("forwards|no blank"))
 
@@ -108,7 +108,7 @@ def test_what_else_might_have_stood_there(page):
 
 
 def test_what_is_copied_asks_for_the_same(page, address):
-    fill(page, 'it\'s a ___ "b" ___', length="2", policy="dynamic:criterion=entropy", group="2")
+    fill(page, 'it\'s a ___ "b" ___', length="2", policy="dynamic:criterion=entropy", group="2", coupling="")
     shown = page.locator(".out").inner_text()
     page.click("#curl")
     playwright.expect(page.locator("#copied")).to_have_text("curl copied")
@@ -122,6 +122,7 @@ def test_what_is_copied_asks_for_the_same(page, address):
     exec(page.evaluate("navigator.clipboard.readText()"), {"print": found.append})
     assert found == [shown]
     assert json.loads(body)["policy"] == "dynamic:criterion=entropy,step_size=2"
+    assert json.loads(body)["coupling"] is False
 
 
 def test_axe_finds_nothing(page):

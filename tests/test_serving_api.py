@@ -15,6 +15,7 @@ import torch  # noqa: E402
 import editors  # noqa: E402
 from anyorder import Factorization, policies  # noqa: E402
 from anyorder.scoring import conditional_log_likelihood  # noqa: E402
+from anyorder.serving.service import Service  # noqa: E402
 from decoding_runs import generator  # noqa: E402
 from serving import alone, events, post  # noqa: E402
 
@@ -199,6 +200,31 @@ def test_score_of_any_part_given_any_other(service, server):
     assert "ignored" in roles
     everything = post(server, "/v1/score", text=text, order="random", group_size=2, seed=4)
     assert everything["tokens"] == len(ids)
+
+
+def test_coupling_can_be_left_out(service, server):
+    """Of continuations, blanks and scores; each is then that of the model without."""
+    plain = service.model.uncoupled()
+    grouped = {"group_size": 4, "temperature": 0.8, "seed": 3}
+    asked = {"prompt": "a b", "max_tokens": 8, **grouped}
+    texts = []
+    for coupling in (True, False):
+        text = post(server, "/v1/completions", coupling=coupling, **asked)["choices"][0]["text"]
+        model = service.model if coupling else plain
+        twin = Service(model, service.tokenizer, "tiny")
+        drawn = {"policy": policies.groupwise(4), "temperature": 0.8, "generator": generator(3)}
+        assert text == alone(twin, "a b", 8, **drawn)[0]
+        blank = post(server, "/v1/infill", text="a ___ c", length=8, coupling=coupling, **grouped)["text"]
+        assert blank == twin.infiller("a ___ c", length=8, group_size=4, temperature=0.8, generator=generator(3)).text
+        texts.append((text, blank))
+    assert texts[0] != texts[1]
+    text = "ab abc c"
+    scores = [post(server, "/v1/score", text=text, group_size=4, coupling=one)["log_prob"] for one in (True, False)]
+    ids = [service.pieces.start_token(), *service.tokenizer.encode(text, add_special_tokens=False)]
+    order = Factorization.left_to_right(len(ids), 4, given=1)
+    for model, score in zip((service.model, plain), scores, strict=True):
+        assert score == pytest.approx(float(model.log_likelihood(torch.tensor([ids]), order).sum()), abs=1e-4)
+    assert abs(scores[0] - scores[1]) > 1e-3
 
 
 def test_editors(service, server):

@@ -9,7 +9,7 @@ user says so (see `execution`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -115,12 +115,20 @@ class FillInTheMiddle(LineInfilling):
 
     name, about = "humaneval_infilling_fim", "a missing line, by the base model's own fill-in-the-middle tokens"
 
+    def question(self, pieces: Pieces, item: Line) -> Question:
+        """The line behind the same prompt that it is filled by."""
+        asked, line = self._prompt(pieces, item), pieces.encode(item.line)
+        return replace(Question.behind(asked, len(line)), ids=(*asked, *line))
+
     def fill(self, subject: Subject, item: Line, tokens: int) -> str:
-        marks = [subject.tokenizer.convert_tokens_to_ids(mark) for mark in FIM]
-        if any(mark is None or mark == subject.tokenizer.unk_token_id for mark in marks):
+        return _go_on(subject, self._prompt(subject.pieces, item))
+
+    def _prompt(self, pieces: Pieces, item: Line) -> list[int]:
+        marks = [pieces.tokenizer.convert_tokens_to_ids(mark) for mark in FIM]
+        if any(mark is None or mark == pieces.tokenizer.unk_token_id for mark in marks):
             raise ValueError(f"task {self.name}: the base model has no {', '.join(FIM)}")
-        own = [subject.pieces.encode(text, at_start=True) for text in (item.prefix, item.suffix)]
-        return _go_on(subject, [marks[0], *own[0], marks[1], *own[1], marks[2]])
+        before, behind = (pieces.encode(text, at_start=True) for text in (item.prefix, item.suffix))
+        return [marks[0], *before, marks[1], *behind, marks[2]]
 
 
 class Prompted(LineInfilling):

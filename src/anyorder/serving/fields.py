@@ -43,6 +43,8 @@ class Sampling(_Fields):
     """Which positions come next, as on the command line: `groupwise:size=4`, `dynamic:criterion=entropy`."""
     group_size: int = Field(default=1, ge=1, le=256)
     """Tokens that are drawn at a step; with `policy` its own options say so."""
+    coupling: bool = True
+    """Whether the tokens of a step know each other, where the model has a coupling."""
     stream: bool = False
     user: Short | None = None
 
@@ -154,6 +156,7 @@ class ScoreFields(_Fields):
     """Ranges of characters that are known; default: all that is no target."""
     order: Literal["left_to_right", "random"] = "left_to_right"
     group_size: int = Field(default=1, ge=1, le=256)
+    coupling: bool = True
     seed: Seed = 0
     user: Short | None = None
 

@@ -68,9 +68,16 @@ class Service:
 
     def __init__(self, model: AnyOrderForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self._uncoupled = model.uncoupled()
         self.infiller = Infiller(model, tokenizer)
         self.pieces = self.infiller.pieces
         self._special = set(tokenizer.all_special_ids)
+
+    def _asked(self, asked: Sampling | ScoreFields, runner: JoinedRunner) -> AnyOrderForCausalLM:
+        """The model with or without its coupling, as it is asked for, and as its runner takes it from now on."""
+        model = self.model if asked.coupling else self._uncoupled
+        runner.model = model
+        return model
 
     # ------------------------------------------------------------------ text that grows
 
@@ -120,7 +127,7 @@ class Service:
             )
             try:
                 if new:
-                    self.model.generate(
+                    self._asked(asked, runner).generate(
                         torch.tensor([prompt.ids]), max_new_tokens=new, policy=policy, runner=runner, watch=watch,
                         allowed_tokens=prompt.allowed_tokens(self.infiller.token_bytes, new),
                         logits_processor=[Alternatives(best, found)] if best else None, **drawing,
@@ -166,6 +173,7 @@ class Service:
         constraints = _constraints(asked.constraints)
 
         def work(runner: JoinedRunner) -> tuple[Infill, list[Placed]]:
+            self._asked(asked, runner)
             watch = Placing(self._text_of, len(infiller.start_ids), asked.top_logprobs, put)
             filled = infiller(
                 asked.text, blank=asked.blank, length=length, constraints=constraints, order=asked.order,
@@ -215,7 +223,8 @@ class Service:
                 [i + 1 for i in sorted(targets)], [0, *(i + 1 for i in sorted(given))], whole.shape[1]
             ).regroup(asked.group_size, asked.order, torch.Generator().manual_seed(asked.seed))
             runner.capacity(whole.shape[1])
-            found = runner.run(lambda: self.model.log_likelihood(whole, order))[0, 1:].tolist()
+            model = self._asked(asked, runner)
+            found = runner.run(lambda: model.log_likelihood(whole, order))[0, 1:].tolist()
             return [
                 Scored(token, asked.text[start:end], start, end, "target", found[n])
                 if n in targets
