@@ -202,6 +202,12 @@ def test_auto_takes_what_is_prepared_and_prepares_nothing(models):
     assert type(engines.runner_for(copy.deepcopy(converted("llama", "paper")))) is EagerRunner
 
 
+def test_a_model_is_the_same_however_many_were_loaded_before_it(checkpoint):
+    """Hooks are numbered through a process: they are not what a model was prepared as."""
+    kinds = {cache.kind_of(load(str(checkpoint))[0]) for _ in range(2)}
+    assert len(kinds) == 1
+
+
 def test_a_model_is_loaded_for_an_engine(checkpoint, tmp_path):
     model, _ = load(str(checkpoint), engine="openvino", weights="float32")
     runner = engines.runner_for(model)

@@ -40,6 +40,7 @@ MOST_BYTES = 16 << 30
 """Of all folders together."""
 _LIST = "files.json"
 _WRITERS = ("anyorder", "openvino", "torch", "transformers", "peft")
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 _OLD = 24 * 3600
 """Seconds after which a folder that was begun and never finished is deleted."""
 
@@ -84,13 +85,15 @@ def state_of(model: PreTrainedModel) -> str:
 
 
 def _numbers(module: nn.Module) -> list[tuple[str, Any]]:
-    """Plain numbers that a module holds (scales, windows, whether it is off, ...), and tables of them."""
+    """Plain numbers that a module holds (scales, windows, whether it is off, ...), and tables; not PyTorch's own,
+    which number hooks through a process."""
     plain = (bool, int, float)
     found = {name: value for name, value in vars(module).items() if isinstance(value, (*plain, dict))}
     return sorted(
         (name, repr(value))
         for name, value in found.items()
-        if name != "training" and (not isinstance(value, dict) or all(isinstance(p, plain) for p in value.values()))
+        if name not in _OF_ANY_MODULE
+        and (not isinstance(value, dict) or all(isinstance(p, plain) for p in value.values()))
     )
 
 

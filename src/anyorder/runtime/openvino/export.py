@@ -10,6 +10,7 @@ Shapes: B batch, R rows of a forward (C content rows first), K stored ranks, S =
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -223,7 +224,8 @@ def exported_members(model: AnyOrderPreTrainedModel) -> Iterator[tuple[str, ov.M
 
 
 def _converted(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ov.Model:
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself, many times over
         exported = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
         return ov.convert_model(exported)
 
