@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anyorder import Factorization, Infiller, policies
 from anyorder.decoding.constraints import Choice, Pattern
 from anyorder.serving.engine import Engine, TimeIsOverError, TooBusyError, UnwantedError
+from anyorder.serving.joining import FORWARD, batches
 from architectures import VOCABULARY, converted, coupled, gated
 from decoding_runs import generator
 
@@ -88,6 +92,32 @@ def test_requests_share_forwards_of_another_engine(engine, tmp_path, monkeypatch
     for go, ticket in zip(asked, tickets, strict=True):
         assert ticket.future.result(60).sequences.tolist() == go(model).sequences.tolist()
     assert served.joiner.rows > served.joiner.forwards  # the first of each shape take long, and others do not wait
+
+
+def test_a_long_start_keeps_no_short_steps_waiting():
+    short = [(slot, 1, 3) for slot in (0, 1, 3)]
+    assert batches([short[0], (2, 60, 0), *short[1:]]) == [[0, 2, 3], [1]]
+    assert batches([(0, 20, 0), (1, 18, 2)]) == [[0, 1]]
+    assert batches([(0, 20, 0), (9, 20, 0)]) == [[0], [1]]  # the slots between them would be padding
+    assert batches([]) == []
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 8)), max_size=6), st.randoms(use_true_random=False))
+def test_forwards_are_put_together_where_that_costs_least(sizes, random):
+    slots = random.sample(range(8), len(sizes))
+    calls = [(slot, *size) for slot, size in zip(slots, sizes, strict=True)]
+    order = sorted(range(len(calls)), key=lambda n: (sum(calls[n][1:]), calls[n]))
+
+    def cost(numbers):
+        chosen, content, query = zip(*(calls[n] for n in numbers), strict=True)
+        return FORWARD + (max(chosen) - min(chosen) + 1) * (max(content) + max(query))
+
+    made = batches(calls)
+    assert sorted(itertools.chain(*made)) == list(range(len(calls)))
+    cuts = itertools.chain.from_iterable(itertools.combinations(range(1, len(calls)), k) for k in range(len(calls)))
+    for cut in cuts:
+        parts = [order[a:b] for a, b in itertools.pairwise((0, *cut, len(order)))]
+        assert sum(map(cost, made)) <= sum(map(cost, parts))
 
 
 def test_what_texts_begin_with_is_encoded_once(engine, monkeypatch):

@@ -29,8 +29,8 @@ T = TypeVar("T")
 QUIET, LINGER = 0.01, 0.2
 """Seconds: requests that wait are joined by others as long as one comes within the first of these, and no longer than
 the second; one that compiles a pattern holds nobody up longer."""
-TOGETHER = 64
-"""Rows of a request up to which its forward is put together with others, each padded to the longest."""
+FORWARD = 8
+"""What a forward costs before its first row, in rows: two forwards where one would have more padding than that."""
 
 
 @dataclass
@@ -154,8 +154,9 @@ class Joiner:
     def _hidden(self, calls: Sequence[tuple[int, Rows, Tensor]]) -> list[Tensor]:
         """Final hidden states of the rows of slots, each call (slot, its rows, its key positions)."""
         out: dict[int, Tensor] = {}
-        few = [call for call in calls if call[1].count <= TOGETHER]
-        for batch in [[call] for call in calls if call[1].count > TOGETHER] + ([few] if few else []):
+        sizes = [(slot, rows.content_count, rows.count - rows.content_count) for slot, rows, _ in calls]
+        for numbers in batches(sizes):
+            batch = [calls[n] for n in numbers]
             first, last = min(slot for slot, *_ in batch), max(slot for slot, *_ in batch)
             rows, positions = stack(
                 {slot - first: part for slot, *part in batch}, last - first + 1, self.slots.capacity
@@ -251,6 +252,36 @@ def _start(rows: Rows) -> Tensor:
     plain = (rows.ranks[0] == every) & (rows.positions[0, content] == every) & (rows.lo[0, content] == 0)
     plain &= (rows.hi[0, content] == every + 1) & ~rows.gates[0, content]
     return rows.seed_ids[0, : int(plain.long().cumprod(dim=0).sum())]
+
+
+def batches(calls: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+    """Which calls to put into a forward together, by their numbers: what costs least in all.
+
+    A forward costs `FORWARD` rows and those of every slot from its first to its last, each with as many content rows
+    and as many query rows as any of its calls. Calls of about as many rows go together.
+
+    Args:
+        calls: of each its slot, its content rows and its query rows.
+    """
+    order = sorted(range(len(calls)), key=lambda n: (calls[n][1] + calls[n][2], calls[n]))
+    least, begins = [0], [0]  # of the first calls of the order: their cost, and where the last of their forwards begins
+    for end in range(1, len(order) + 1):
+        found = []
+        low = high = calls[order[end - 1]][0]
+        content = query = 0
+        for start in range(end - 1, -1, -1):
+            slot, own_content, own_query = calls[order[start]]
+            low, high = min(low, slot), max(high, slot)
+            content, query = max(content, own_content), max(query, own_query)
+            found.append((least[start] + FORWARD + (high - low + 1) * (content + query), start))
+        cost, start = min(found)
+        least.append(cost)
+        begins.append(start)
+    made, end = [], len(order)
+    while end:
+        made.append(sorted(order[begins[end] : end]))
+        end = begins[end]
+    return made[::-1]
 
 
 def stack(parts: dict[int, Sequence[Any]], count: int, spare: int) -> tuple[Rows, Tensor]:
