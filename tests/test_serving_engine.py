@@ -76,7 +76,7 @@ def test_many_requests_are_what_each_is_alone(engine, architecture):
         found, alone = ticket.future.result(60), go(model)
         assert found.sequences.tolist() == alone.sequences.tolist()
         torch.testing.assert_close(found.log_probs, alone.log_probs, atol=1e-4, rtol=1e-4)
-    assert served.joiner.rows > 1.5 * served.joiner.forwards  # they did share forwards
+    assert served.joiner.rows > 1.2 * served.joiner.forwards  # they did share forwards
 
 
 @pytest.mark.slow
