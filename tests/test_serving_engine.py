@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from anyorder import Factorization, Infiller, policies
 from anyorder.decoding.constraints import Choice, Pattern
+from anyorder.serving import joining
 from anyorder.serving.engine import Engine, TimeIsOverError, TooBusyError, UnwantedError
 from anyorder.serving.joining import FORWARD, batches
 from architectures import VOCABULARY, converted, coupled, gated
@@ -67,7 +68,8 @@ def work(number: int, **options):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
-def test_many_requests_are_what_each_is_alone(engine, architecture):
+def test_many_requests_are_what_each_is_alone(engine, architecture, monkeypatch):
+    monkeypatch.setattr(joining, "FORWARD", 1000)  # however much padding that takes
     model = coupled(architecture)
     served = engine(model, slots=5, capacity=64)
     asked = [work(number) for number in range(14)]
@@ -76,7 +78,7 @@ def test_many_requests_are_what_each_is_alone(engine, architecture):
         found, alone = ticket.future.result(60), go(model)
         assert found.sequences.tolist() == alone.sequences.tolist()
         torch.testing.assert_close(found.log_probs, alone.log_probs, atol=1e-4, rtol=1e-4)
-    assert served.joiner.rows > 1.2 * served.joiner.forwards  # they did share forwards
+    assert served.joiner.rows > 1.5 * served.joiner.forwards  # they did share forwards
 
 
 @pytest.mark.slow

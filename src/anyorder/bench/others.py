@@ -54,6 +54,26 @@ def base_of_its_own(model: AnyOrderForCausalLM) -> PreTrainedModel:
     return load_causal_lm(name, dtype=model.causal_lm.dtype)
 
 
+def llama_cpp_server(file: Path, slots: int, context: int, **settings: Any) -> Any:
+    """llama.cpp's server, running in threads of this process, as many as PyTorch has; it ends with the object.
+
+    Args:
+        file: the GGUF file.
+        slots: requests that it decodes at once.
+        context: tokens of each.
+        settings: more of xllamacpp's.
+    """
+    import xllamacpp
+
+    common = xllamacpp.CommonParams()
+    common.model.path = str(file)
+    common.n_parallel, common.n_ctx, common.verbosity = slots, context * slots, -1
+    common.cpuparams.n_threads = common.cpuparams_batch.n_threads = torch.get_num_threads()
+    for name, value in settings.items():
+        setattr(common, name, value)
+    return xllamacpp.Server(common)
+
+
 class LlamaCpp(Decoder):
     """llama.cpp's server on a GGUF file, in this process, with as many threads as PyTorch has.
 
@@ -72,14 +92,7 @@ class LlamaCpp(Decoder):
 
     @cached_property
     def _address(self) -> str:
-        import xllamacpp
-
-        settings = xllamacpp.CommonParams()
-        settings.model.path = str(self.file)
-        settings.n_parallel, settings.n_ctx = MOST_SLOTS, 512 * MOST_SLOTS
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
-        settings.cache_prompt, settings.verbosity = False, -1
-        self._server = xllamacpp.Server(settings)
+        self._server = llama_cpp_server(self.file, MOST_SLOTS, 512, cache_prompt=False)
         return str(self._server.listening_address)
 
     def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
