@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from anyorder import AnyOrderForCausalLM, Factorization, load, policies
-from anyorder.core.layout import lay_out
+from anyorder.core.layout import Arrangement, join, lay_out
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime import engines
 from anyorder.runtime.processor import has_amx
@@ -83,6 +83,20 @@ def test_hidden_states_and_logits_are_the_models(models, name):
         for count in (1, 3):
             rows = expected[0, :count]
             torch.testing.assert_close(runner.logits(rows), model.head(rows), **NEAR)
+
+
+def test_rows_without_content_rows(models):
+    model, arranged = models("gated"), Arrangement(IDS, ORDER, "exact")
+    runner, first = engines.runner_for(model, "openvino", "float32"), torch.zeros(len(IDS), dtype=torch.int64)
+    arranged.append(torch.arange(4).expand(len(IDS), 4), first + 4)
+    columns, used = torch.tensor([[4, 7]] * len(IDS)), torch.ones(len(IDS), 2, dtype=torch.bool)
+    content, queries = arranged.content(first, first + 4), arranged.queries(columns, used, torch.full_like(columns, 4))
+    nothing, nowhere = arranged.content(first, first), arranged.queries(columns[:, :0], used[:, :0], columns[:, :0])
+    with torch.no_grad():
+        expected = model.hidden_rows(join(content, queries), arranged.columns)[:, 4:]
+        store = KeyValueStore(runner.capacity(T))
+        runner.hidden(join(content, nowhere), arranged.columns, store)
+        torch.testing.assert_close(runner.hidden(join(nothing, queries), arranged.columns, store), expected, **NEAR)
 
 
 @pytest.mark.parametrize("name", slow_but(["gated", *EXPORTED]))

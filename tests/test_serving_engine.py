@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from anyorder import Factorization, Infiller, policies
 from anyorder.decoding.constraints import Choice, Pattern
-from anyorder.serving import joining
+from anyorder.serving import joining, slots
 from anyorder.serving.engine import Engine, TimeIsOverError, TooBusyError, UnwantedError
 from anyorder.serving.joining import FORWARD, batches
 from architectures import VOCABULARY, converted, coupled, gated
@@ -70,6 +70,7 @@ def work(number: int, **options):
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 def test_many_requests_are_what_each_is_alone(engine, architecture, monkeypatch):
     monkeypatch.setattr(joining, "FORWARD", 1000)  # however much padding that takes
+    monkeypatch.setattr(slots, "LEAST", 2)  # buffers grow
     model = coupled(architecture)
     served = engine(model, slots=5, capacity=64)
     asked = [work(number) for number in range(14)]
@@ -79,6 +80,7 @@ def test_many_requests_are_what_each_is_alone(engine, architecture, monkeypatch)
         assert found.sequences.tolist() == alone.sequences.tolist()
         torch.testing.assert_close(found.log_probs, alone.log_probs, atol=1e-4, rtol=1e-4)
     assert served.joiner.rows > 1.5 * served.joiner.forwards  # they did share forwards
+    assert served.joiner.slots.version > 0
 
 
 @pytest.mark.slow
@@ -120,6 +122,54 @@ def test_forwards_are_put_together_where_that_costs_least(sizes, random):
     for cut in cuts:
         parts = [order[a:b] for a, b in itertools.pairwise((0, *cut, len(order)))]
         assert sum(map(cost, made)) <= sum(map(cost, parts))
+
+
+def test_who_computes_for_long_keeps_nobody_waiting(engine):
+    model = gated("llama")
+    served = engine(model, slots=3, capacity=64)
+    others_are_done = threading.Event()
+
+    def slow(runner):
+        found = runner.logits(torch.zeros(1, 32))
+        return others_are_done.wait(60), runner.logits(torch.zeros(1, 32)).equal(found)
+
+    late = served.submit(slow)
+    others = [served.submit(lambda runner, k=k: work(k)(model, runner)) for k in range(4)]
+    for k, other in enumerate(others):
+        assert other.future.result(60).sequences.tolist() == work(k)(model).sequences.tolist()
+    others_are_done.set()
+    assert late.future.result(60) == (True, True)
+
+
+@torch.inference_mode()  # as the thread that executes
+def test_buffers_have_the_size_that_requests_need():
+    kept = slots.Slots(3, 1000, grows=True)
+    part, own = kept[0:3], kept[1:2]
+    keys = torch.randn(3, 2, 5, 4)
+    assert kept.capacity == slots.LEAST - 1
+    part.append(0, keys, -keys, torch.arange(5).expand(3, 5), 0)
+    kept.use(1, 300)
+    kept.fit()
+    assert kept.capacity == part.capacity == 511
+    (key,), (value,) = part.buffers
+    assert key.shape == (3, 2, 512, 4)
+    assert torch.equal(key[:, :, :5], keys)
+    assert torch.equal(value[:, :, :5], -keys)
+    own.append(0, keys[1:2], keys[1:2], torch.arange(5)[None], 0)
+    assert torch.equal(value[1, :, :5], keys[1])  # a part writes into the whole
+    kept.use(0, 600)
+    kept.fit()
+    assert kept.capacity == 1000  # and no more
+    kept.free(0)
+    kept.fit()
+    assert kept.capacity == 1000  # 512 would do: the next may need more again
+    kept.free(1)
+    kept.begin(2, own.first_of(0, 5))
+    assert torch.equal(part.buffers[1][0][2, :, :5], -keys[2])  # not yet: a forward may be at work
+    kept.fit()
+    assert kept.capacity == slots.LEAST - 1
+    assert torch.equal(part.buffers[1][0][2, :, :5], keys[1])
+    assert slots.Slots(3, 1000).capacity == 1000
 
 
 def test_what_texts_begin_with_is_encoded_once(engine, monkeypatch):

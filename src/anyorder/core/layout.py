@@ -333,6 +333,9 @@ def compact(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         columns (B, Q), used (B, Q) bool (False: padding), and place (B, T): where in Q a chosen column went.
         Q is the largest number of chosen columns in a row.
     """
+    if len(chosen) == 1:
+        columns = chosen.nonzero()[:, 1][None]
+        return columns, torch.ones_like(columns, dtype=torch.bool), chosen.cumsum(dim=1) - 1
     Q = int(chosen.sum(dim=1).max())
     columns = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :Q]
     return columns, chosen.gather(1, columns), chosen.cumsum(dim=1) - 1

@@ -243,7 +243,8 @@ class Run:
     def draw(self, found: Evaluated, uniforms: Tensor, first: First | None = None) -> Drawn:
         """Tokens with (B, T) random numbers, of one group a row; see `groups` for `first`."""
         uniform, visible = uniforms[found.row, found.column], Visible(self.ids, self.tokens.ranks)
-        if not len(found.row) or not (self.is_coupled or self.drawer.looks_at_tokens):
+        alone = first is None and not bool((found.row[1:] == found.row[:-1]).any())  # each in its group
+        if alone or not len(found.row) or not (self.is_coupled or self.drawer.looks_at_tokens):
             return draw_at_once(self.drawer, found, uniform, visible)
         return draw_in_turn(coupled_by(self.runner), self.drawer, found, uniform, visible, first)
 

@@ -29,6 +29,11 @@ class KeyValueStore:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
+    def whole(self) -> object:
+        """What this store is a part of, itself for most: what a runner keeps for one it keeps for all parts."""
+        return self
+
+    @property
     def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of each layer, (B, heads, capacity + 1, head_dim); empty before the first forward."""
         layers = [self._layers[layer] for layer in sorted(self._layers)]

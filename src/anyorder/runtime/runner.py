@@ -35,11 +35,13 @@ class ModelRunner(ABC):
         model: whose forwards they are.
         keeps_batch: whether every forward of a run must have the batch size of the first.
         takes_over: whether a run may begin with keys and values that PyTorch has made elsewhere.
+        follows_buffers: whether others may take the place of a store's buffers between two forwards.
     """
 
     model: AnyOrderPreTrainedModel
     keeps_batch: bool = False
     takes_over: bool = False
+    follows_buffers: bool = False
 
     @functools.cached_property
     def _of_codes(self) -> dict[MemberNetwork, tuple[Tensor, Tensor] | None]:
@@ -119,7 +121,7 @@ class ModelRunner(ABC):
 class EagerRunner(ModelRunner):
     """The model's own forward; it reads the weights as they are, so it never grows stale."""
 
-    takes_over = True
+    takes_over = follows_buffers = True
 
     def __init__(self, model: AnyOrderPreTrainedModel):
         self.model = model

@@ -101,7 +101,8 @@ class Engine:
         limit = context_length(model.causal_lm.config)
         self.capacity = capacity if limit is None else min(capacity, limit)
         runner = runner or EagerRunner(model)
-        self.joiner = Joiner(runner, Slots(slots, runner.capacity(self.capacity)), self.capacity)
+        room = Slots(slots, runner.capacity(self.capacity), runner.follows_buffers)
+        self.joiner = Joiner(runner, room, self.capacity)
         self.prefixes = Prefixes(prefix_tokens)
         self.finished = 0
         self._waiting = waiting
@@ -146,7 +147,7 @@ class Engine:
         if self._draining:
             return  # it ends what it has, and is not to be replaced for that
         device = self.model.device
-        self.joiner.call("function", lambda: float(torch.zeros(1, device=device).sum()))
+        self.joiner.call("function", None, lambda: float(torch.zeros(1, device=device).sum()))
 
     def submit(self, work: Callable[[JoinedRunner], T], client: str = "", seconds: float | None = None) -> Ticket[T]:
         """Have a request done.
@@ -178,7 +179,7 @@ class Engine:
                 self._queues[client] = queue  # behind the other clients
             slot = self._at_work.index(None)
             self._at_work[slot] = ticket
-            self.joiner.enter()  # before its thread runs: those at work wait for it
+            self.joiner.enter(slot)  # before its thread runs: those at work wait for it
             threading.Thread(target=self._work, args=(ticket, slot), name=f"anyorder-slot-{slot}", daemon=True).start()
 
     def _work(self, ticket: Ticket[Any], slot: int) -> None:
@@ -192,7 +193,7 @@ class Engine:
             result = ticket.work(JoinedRunner(self.joiner, slot, self.prefixes, ticket.check))
         except BaseException as raised:
             error = raised
-        self.joiner.leave()
+        self.joiner.leave(slot)
         with self._changed:
             self._at_work[slot] = None
             self.finished += 1

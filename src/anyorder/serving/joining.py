@@ -26,9 +26,14 @@ from anyorder.runtime.runner import ModelRunner
 from anyorder.serving.slots import Prefixes, Slots
 
 T = TypeVar("T")
-QUIET, LINGER = 0.01, 0.2
-"""Seconds: requests that wait are joined by others as long as one comes within the first of these, and no longer than
-the second; one that compiles a pattern holds nobody up longer."""
+LEAST_PATIENCE, MOST_PATIENCE = 0.02, 0.2
+"""Seconds: those that wait are joined by others that come before another forward would have been done, within these
+bounds; a request that comes later, such as one that compiles a pattern, is not waited for until it asks again."""
+TURN = 0.05
+"""Seconds: requests compute one after the other between two forwards, as Python's threads, were they all to do so at
+once, would take twice as long by taking its lock from each other; one that computes longer goes on beside others."""
+KINDS = ("function", "logits", "coupled_logits", "draft_logits", "hidden")
+"""Of calls, in the order in which they are executed: who has got logits draws while a forward goes on."""
 FORWARD = 8
 """What a forward costs before its first row, in rows: two forwards where one would have more padding than that."""
 
@@ -38,6 +43,7 @@ class _Call:
     """What a request waits for."""
 
     kind: str
+    slot: int | None
     arguments: tuple[Any, ...]
     since: float
     done: threading.Event = field(default_factory=threading.Event)
@@ -62,19 +68,24 @@ class Joiner:
         self.forwards = self.rows = 0
         self._changed = threading.Condition()
         self._waiting: list[_Call] = []
-        self._at_work = 0
+        self._awaited: set[int] = set()  # slots whose next call is waited for
         self._closed = False
         self._ended = 0.0
+        self._patience = MOST_PATIENCE
+        self._turn = threading.Lock()
+        self._held = threading.local()
 
-    def enter(self) -> None:
+    def enter(self, slot: int) -> None:
         """A request begins to work."""
         with self._changed:
-            self._at_work += 1
+            self._awaited.add(slot)
 
-    def leave(self) -> None:
+    def leave(self, slot: int) -> None:
         """It works no more."""
+        self.rest()
         with self._changed:
-            self._at_work -= 1
+            self._awaited.discard(slot)
+            self.slots.free(slot)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -83,18 +94,33 @@ class Joiner:
             self._closed = True
             self._changed.notify_all()
 
-    def call(self, kind: str, *arguments: Any) -> Any:
-        """Wait for the result of a call; kinds are the methods of this class that take several calls at once."""
-        call = _Call(kind, arguments, time.monotonic())
+    def call(self, kind: str, slot: int | None, *arguments: Any) -> Any:
+        """Wait for the result of a call; kinds are the methods of this class that take several calls at once.
+
+        Args:
+            slot: of the request that asks; None: no request does.
+        """
+        call = _Call(kind, slot, arguments, time.monotonic())
         with self._changed:
             if self._closed:
                 raise RuntimeError("the server is closed")
             self._waiting.append(call)
-            self._changed.notify_all()
+            if slot is not None:
+                self._awaited.add(slot)
+            if len(self._waiting) == 1 or kind == "function" or not self._missing():
+                self._changed.notify_all()  # nobody is woken for less: each time costs those who draw
+        self.rest()
         call.done.wait()
+        self._held.here = self._turn.acquire(timeout=TURN)
         if call.error is not None:
             raise call.error
         return call.result
+
+    def rest(self) -> None:
+        """The request of this thread has nothing to compute for now."""
+        if getattr(self._held, "here", False):
+            self._held.here = False
+            self._turn.release()
 
     def run(self) -> None:
         """Execute, until closed.
@@ -106,29 +132,42 @@ class Joiner:
         with torch.inference_mode():
             while True:
                 with self._changed:
-                    while not self._ready():
+                    while not (calls := self._due()):
                         if self._closed and not self._waiting:
                             return
-                        self._changed.wait(QUIET if self._waiting else None)
-                    calls, self._waiting = self._waiting, []
-                for call in calls:
-                    if call.kind == "function":
-                        self._execute("function", [call])
-                for kind in sorted({call.kind for call in calls} - {"function"}):
+                        self._changed.wait(self._time_left() if self._waiting else None)
+                    self._waiting = [call for call in self._waiting if call not in calls]
+                for kind in sorted({call.kind for call in calls}, key=KINDS.index):
                     self._execute(kind, [call for call in calls if call.kind == kind])
                 self._ended = time.monotonic()
 
-    def _ready(self) -> bool:
-        waiting = self._waiting
-        if not waiting:
-            return False
-        if self._closed or len(waiting) >= self._at_work:
-            return True
-        # From the end of the last forward on: those that were in it draw before they ask again. Else there would be two
-        # halves for ever, each of which waits while the other is in a forward.
-        begun = max(waiting[0].since, self._ended)
-        now = time.monotonic()
-        return now - max(waiting[-1].since, begun) >= QUIET or now - begun >= LINGER
+    def _missing(self) -> set[int]:
+        return self._awaited - {call.slot for call in self._waiting if call.slot is not None}
+
+    def _time_left(self) -> float:
+        """Seconds for which those that wait go on waiting, from the end of the last forward on: those that were in it
+        draw before they ask again. Else there would be two halves for ever, each of which waits for the other's."""
+        return max(self._waiting[0].since, self._ended) + self._patience - time.monotonic()
+
+    def _due(self) -> list[_Call]:
+        """What to execute now.
+
+        Forwards are dear and wait for what is cheap: requests that draw the members of a group one after the other, and
+        those that have none to draw, then go on together.
+        """
+        functions = [call for call in self._waiting if call.kind == "function"]
+        if functions or not self._waiting:
+            return functions
+        late = self._missing()
+        if late and not self._closed:
+            if self._time_left() > 0:
+                return []
+            self._awaited -= late
+        cheap = [call for call in self._waiting if call.kind != "hidden"]
+        forwards = [call for call in self._waiting if call.kind == "hidden"]
+        if cheap and forwards and time.monotonic() < forwards[0].since + self._patience:
+            return cheap
+        return self._waiting
 
     def _execute(self, kind: str, calls: list[_Call]) -> None:
         """Calls of one kind; where they fail together each is tried alone, so that one's error is nobody else's."""
@@ -153,6 +192,10 @@ class Joiner:
 
     def _hidden(self, calls: Sequence[tuple[int, Rows, Tensor]]) -> list[Tensor]:
         """Final hidden states of the rows of slots, each call (slot, its rows, its key positions)."""
+        begun = time.monotonic()
+        for slot, rows, _ in calls:
+            self.slots.use(slot, int(rows.hi.max()))  # what a row writes it reads
+        self.slots.fit()
         out: dict[int, Tensor] = {}
         sizes = [(slot, rows.content_count, rows.count - rows.content_count) for slot, rows, _ in calls]
         for numbers in batches(sizes):
@@ -168,6 +211,7 @@ class Joiner:
                 content, query = of_slot.split([rows.content_count, rows.count - rows.content_count], dim=1)
                 C = own.content_count
                 out[slot] = torch.cat([content[:, :C], query[:, : own.count - C]], dim=1)
+        self._patience = min(max(time.monotonic() - begun, LEAST_PATIENCE), MOST_PATIENCE)
         return [out[slot] for slot, *_ in calls]
 
     def _logits(self, calls: Sequence[tuple[Tensor]]) -> list[Tensor]:
@@ -206,7 +250,7 @@ class JoinedRunner(ModelRunner):
             raise ValueError(
                 f"the text has {columns} tokens, new ones included; this server takes at most {self._joiner.capacity}"
             )
-        return self._joiner.slots.capacity
+        return self._joiner.slots.most
 
     def new_store(self, rows: int, capacity: int) -> KeyValueStore:
         assert rows == 1, "a request is one row"
@@ -222,24 +266,24 @@ class JoinedRunner(ModelRunner):
         if known is not None:
             store.begin_with([known.store])
             rows = Rows(*(getattr(rows, name.name)[:, skipped:] for name in fields(rows)))
-        hidden = cast(Tensor, self._joiner.call("hidden", self._slot, rows, key_positions))
+        hidden = cast(Tensor, self._joiner.call("hidden", self._slot, self._slot, rows, key_positions))
         self._prefixes.keep(start, store)
         # Rows of a start that stands in the text predict nothing but its last one's: what reads all of it.
         return torch.nn.functional.pad(hidden, (0, 0, skipped, 0)) if skipped else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return cast(Tensor, self._joiner.call("logits", hidden))
+        return cast(Tensor, self._joiner.call("logits", self._slot, hidden))
 
     def coupled_logits(self, hidden: Tensor, logits: Tensor, members: Tensor, distances: Tensor) -> Tensor:
-        return cast(Tensor, self._joiner.call("coupled_logits", hidden, logits, members, distances))
+        return cast(Tensor, self._joiner.call("coupled_logits", self._slot, hidden, logits, members, distances))
 
     def draft_logits(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
-        return cast(Tensor, self._joiner.call("draft_logits", hidden, members, distances))
+        return cast(Tensor, self._joiner.call("draft_logits", self._slot, hidden, members, distances))
 
     def run(self, function: Callable[[], T]) -> T:
         """What a function returns that uses the model itself, between two forwards."""
         self._wanted()
-        return cast(T, self._joiner.call("function", function))
+        return cast(T, self._joiner.call("function", self._slot, function))
 
     def check(self) -> None:
         self._joiner.runner.check()
@@ -295,17 +339,24 @@ def stack(parts: dict[int, Sequence[Any]], count: int, spare: int) -> tuple[Rows
     C = max(rows.content_count for rows, _ in parts.values())
     Q = max(rows.count - rows.content_count for rows, _ in parts.values())
     K = max(int(rows.hi.max()) for rows, _ in parts.values())
+    content: list[int] = []  # where content rows go among those of all slots
+    every: list[int] = []  # where rows go among all
+    for slot, (rows, _) in parts.items():
+        content += range(slot * C, slot * C + rows.content_count)
+        every += range(slot * (C + Q), slot * (C + Q) + rows.content_count)
+        every += range(slot * (C + Q) + C, slot * (C + Q) + C + rows.count - rows.content_count)
+
+    def placed(name: str, places: Tensor, width: int, filler: int | bool) -> Tensor:
+        values = torch.cat([getattr(rows, name)[0] for rows, _ in parts.values()])
+        return values.new_full((count * width,), filler).index_copy_(0, places, values).view(count, width)
+
+    at = torch.tensor(every)
     fillers = {"seed_ids": 0, "seeded": True, "positions": 0, "lo": 0, "hi": 1, "gates": False}
-    made: dict[str, Tensor] = {}
-    for name, filler in fillers.items():
-        dtype = torch.bool if isinstance(filler, bool) else torch.int64
-        made[name] = torch.full((count, C + Q), filler, dtype=dtype)
-        for slot, (rows, _) in parts.items():
-            own, c = getattr(rows, name)[0], rows.content_count
-            made[name][slot, :c], made[name][slot, C : C + rows.count - c] = own[:c], own[c:]
-    ranks, positions = torch.full((count, C), spare), torch.zeros(count, K, dtype=torch.int64)
-    for slot, (rows, own) in parts.items():
-        ranks[slot, : rows.content_count] = rows.ranks[0]
+    made = {name: placed(name, at, C + Q, filler) for name, filler in fillers.items()}
+    # A request's own spare rank is none of the buffers': they may be shorter.
+    ranks = placed("ranks", torch.tensor(content, dtype=torch.int64), C, spare).clamp_(max=spare)
+    positions = torch.zeros(count, K, dtype=torch.int64)
+    for slot, (_, own) in parts.items():
         positions[slot, : own.shape[1]] = own[0, :K]
     return Rows(**made, ranks=ranks), positions
 

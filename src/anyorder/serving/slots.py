@@ -12,51 +12,127 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from anyorder.model.kv_cache import KeyValueStore
 
 SHORTEST = 16
 """Tokens from which on a start is worth keeping: fewer cost a forward hardly anything."""
+LEAST = 128
+"""Ranks that buffers have at least, the spare one included; they grow and shrink by factors of two."""
 
 
 class Slots:
-    """Buffers for S requests of at most C tokens each; each layer's are allocated when it is first written.
+    """Buffers for S requests; each layer's are allocated when it is first written.
 
     Args:
         count: S.
-        capacity: C.
+        most: tokens that a request has at most.
+        grows: whether buffers have only as many ranks as requests use, and others take their place when these need more
+            or far fewer. Engines read buffers whole, or copy what they read.
+
+    Attributes:
+        capacity: C, as many ranks as there are now.
+        version: another one whenever other buffers have taken the place of those before.
     """
 
-    def __init__(self, count: int, capacity: int):
-        self.count, self.capacity = count, capacity
+    def __init__(self, count: int, most: int, grows: bool = False):
+        self.count, self.most, self._grows = count, most, grows
+        self.capacity = min(LEAST - 1, most) if grows else most
+        self.version = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._used = [0] * count
+        self._begins: dict[int, KeyValueStore] = {}
         self._parts: dict[tuple[int, int], KeyValueStore] = {}
 
     def __getitem__(self, chosen: slice) -> KeyValueStore:
-        """The store of neighbouring slots, which writes into them: the same object each time, as some runners keep what
-        they have made for a store."""
+        """The store of neighbouring slots, which writes into them: the same object each time."""
         return self._parts.setdefault((chosen.start, chosen.stop), _Part(self, chosen))
+
+    def use(self, slot: int, ranks: int) -> None:
+        """The request of a slot will use so many ranks, the first ones."""
+        self._used[slot] = max(self._used[slot], ranks)
+
+    def free(self, slot: int) -> None:
+        """Its request has ended."""
+        self._used[slot] = 0
+        self._begins.pop(slot, None)
+
+    def begin(self, slot: int, row: KeyValueStore) -> None:
+        """Let a slot begin with a copy of a full store of one row, from the next `fit` on."""
+        self._begins[slot] = row
+        self.use(slot, row.capacity)
+
+    def fit(self) -> None:
+        """Let buffers have the size that requests need, and what slots begin with; between two forwards only."""
+        self._resize()
+        while self._begins:
+            slot, row = self._begins.popitem()
+            KeyValueStore.begin_with(self[slot : slot + 1], [row])
+
+    def _resize(self) -> None:
+        needed = LEAST
+        while needed <= max(self._used):
+            needed *= 2
+        fits = min(needed - 1, self.most)
+        # Not smaller by one half: the next request may need that again.
+        if self._grows and (fits > self.capacity or 4 * needed <= self.capacity + 1):
+            kept = min(fits, self.capacity)
+            self.capacity = fits
+            with torch.inference_mode():
+                self._layers = {
+                    layer: (self._moved(key, kept), self._moved(value, kept))
+                    for layer, (key, value) in self._layers.items()
+                }
+            self.version += 1
+
+    def _moved(self, buffer: Tensor, kept: int) -> Tensor:
+        S, heads, _, size = buffer.shape
+        moved = buffer.new_zeros(S, heads, self.capacity + 1, size)
+        moved[:, :, :kept] = buffer[:, :, :kept]
+        return moved
 
 
 class _Part(KeyValueStore):
     """Some slots as a batch."""
 
     def __init__(self, slots: Slots, chosen: slice):
-        self.capacity, self._slots, self._chosen = slots.capacity, slots, chosen
+        self._slots, self._chosen = slots, chosen
+        self._made: tuple[tuple[int, int], dict[int, tuple[Tensor, Tensor]]] | None = None
+
+    @property
+    def capacity(self) -> int:  # type: ignore[override]
+        return self._slots.capacity
+
+    @property
+    def whole(self) -> object:
+        return self._slots
 
     @property
     def _layers(self) -> dict[int, tuple[Tensor, Tensor]]:  # type: ignore[override]
-        chosen = self._chosen
-        return {layer: (key[chosen], value[chosen]) for layer, (key, value) in self._slots._layers.items()}
+        # Another thread may read them while they are resized: what belongs together is one object, and the version is
+        # read first, so that what is made of buffers is at worst taken for older than it is.
+        version, chosen = self._slots.version, self._chosen
+        whole, made = self._slots._layers, self._made
+        if made is None or made[0] != (version, len(whole)):
+            parts = {layer: (key[chosen], value[chosen]) for layer, (key, value) in list(whole.items())}
+            made = self._made = (version, len(parts)), parts
+        return made[1]
+
+    def begin_with(self, rows: Sequence[KeyValueStore | None]) -> None:
+        for slot, row in enumerate(rows, self._chosen.start):
+            if row is not None:
+                self._slots.begin(slot, row)
 
     def _buffers(self, layer: int, rows: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         whole = self._slots._layers
         if layer not in whole:
             whole[layer] = self._empty(self._slots.count, key), self._empty(self._slots.count, value)
-        return whole[layer][0][self._chosen], whole[layer][1][self._chosen]
+        return self._layers[layer]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class SlotReads:
         content_count: C.
         slots: (B, S) int64, the rank of the token in each slot; -1 where there is none to read.
         slot_positions: (B, S) int64, their positions.
-        past: (B, heads, K, head_dim) keys and values of each layer, by turns.
+        past: (B, heads, K, head_dim) keys and values of each layer, by turns; K and C are 1 at least, as a product over
+            nothing is left out of the graph, not zero.
 
     Attributes:
         new: keys and values of the content rows, (B, heads, C, head_dim), likewise.
@@ -65,14 +66,9 @@ class SlotReads:
         self._masks: dict[tuple[int | None, int], Tensor] = {}
 
     def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All slots; where a window bounds what rows read, with one more that holds zeros: see `_mask`."""
+        """Those of this forward's content rows; `attend` reads the stored ones where they lie."""
         self.new[layer] = key[:, :, : self._content_count], value[:, :, : self._content_count]
-        _, window = self.calls[-1]
-        found = []
-        for past, new in zip(self._past[2 * layer : 2 * layer + 2], self.new[layer], strict=True):
-            nothing = [] if window is None else [torch.zeros_like(key[:, :, :1, : new.shape[-1]])]
-            found.append(torch.cat([past, new, *nothing], dim=2))
-        return found[0], found[1]
+        return self.new[layer]
 
     def attend(
         self,
@@ -84,16 +80,26 @@ class SlotReads:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """All rows in one block, written out: of its own attention OpenVINO transposes and scales all keys first. Heads
-        that share keys are stacked as rows, so that keys are read once for all of them."""
+        """All rows in one block, written out, of stored keys and new ones apart: nothing is copied to stand beside
+        others. Of its own attention OpenVINO transposes and scales all keys first, and of products with more than one
+        axis of batch it copies all that it multiplies. Heads that share keys are stacked as rows, so that keys are read
+        once for all of them."""
         assert not dropout, "nothing is trained here"
+        layer, _ = self.calls[-1]
+        past_key, past_value = self._past[2 * layer : 2 * layer + 2]
         B, H, R, D = query.shape
-        G = key.shape[1]
-        scaled = query.reshape(B, G, -1, D) * (D**-0.5 if scaling is None else scaling)
-        scores = scaled @ key.transpose(-1, -2)
+        G, K = key.shape[1], past_key.shape[2]
+        scaled = query.reshape(B * G, H // G * R, D) * (D**-0.5 if scaling is None else scaling)
+        parts = [torch.bmm(scaled, part.flatten(0, 1).transpose(1, 2)) for part in (past_key, key)]
+        if window is not None:  # one more that holds zeros: see `_mask`
+            parts.append(torch.zeros_like(scaled[:, :, :1]))
+        scores = torch.cat(parts, dim=2)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        read = (scores + self._mask(window, H // G)).softmax(dim=-1) @ value
+        scores = scores.reshape(B, G, H // G * R, -1) + self._mask(window, H // G)
+        weights = scores.softmax(dim=-1).flatten(0, 1)
+        read = torch.bmm(weights[:, :, :K], past_value.flatten(0, 1))
+        read = read + torch.bmm(weights[:, :, K : K + self._content_count], value.flatten(0, 1))
         return read.reshape(B, H, R, value.shape[-1])
 
     def _mask(self, window: int | None, repeats: int) -> Tensor:

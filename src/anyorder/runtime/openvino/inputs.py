@@ -13,6 +13,28 @@ from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.kv_cache import KeyValueStore
 
 
+def with_content(rows: Rows, spare: int) -> Rows:
+    """Rows without content rows, behind one that is padding: the graph wants one at least.
+
+    Args:
+        spare: the rank that takes what padding writes.
+    """
+    assert not rows.content_count
+
+    def behind(values: Tensor, filler: int | bool) -> Tensor:
+        return torch.nn.functional.pad(values, (1, 0), value=filler)
+
+    return Rows(
+        seed_ids=behind(rows.seed_ids, 0),
+        seeded=behind(rows.seeded, True),
+        positions=behind(rows.positions, 0),
+        lo=behind(rows.lo, 0),
+        hi=behind(rows.hi, 1),
+        gates=behind(rows.gates, False),
+        ranks=behind(rows.ranks, spare),
+    )
+
+
 def inputs_of(
     model: AnyOrderPreTrainedModel, rows: Rows, key_positions: Tensor, store: KeyValueStore, count: int
 ) -> dict[str, Tensor]:
@@ -23,7 +45,7 @@ def inputs_of(
         rows: of one forward.
         key_positions: (B, K) int64, position of the token at each rank.
         store: of earlier forwards.
-        count: stored ranks that the graph gets.
+        count: stored ranks that the graph gets, 1 at least.
     """
     device = model.query_embedding.device
     seeded = None if bool(rows.seeded.all()) else rows.seeded.to(device)

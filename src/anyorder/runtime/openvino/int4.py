@@ -70,8 +70,8 @@ def _samples(graph: ov.Model, model: AnyOrderPreTrainedModel) -> list[dict[str, 
         scattered = Factorization.random(TOKENS, 4, generator=torch.Generator().manual_seed(number))
         for order in (Factorization.left_to_right(TOKENS, given=1), scattered):
             layout = lay_out(text[None], order, model.recipe)
-            inputs = inputs_of(model, layout.rows, layout.key_positions, KeyValueStore(TOKENS), 0)
-            past = {name: np.zeros([1, shape[1].get_length(), 0, shape[3].get_length()], np.float32)
+            inputs = inputs_of(model, layout.rows, layout.key_positions, KeyValueStore(TOKENS), 1)
+            past = {name: np.zeros([1, shape[1].get_length(), 1, shape[3].get_length()], np.float32)
                     for name, shape in sizes.items() if name.startswith(("key.", "value."))}  # fmt: skip
             given = {name: tensor.numpy() for name, tensor in inputs.items() if name in sizes}
             found.append(given | past)

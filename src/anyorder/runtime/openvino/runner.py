@@ -24,7 +24,7 @@ from anyorder.model.attention import common_start
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.openvino.graph import closed
-from anyorder.runtime.openvino.inputs import inputs_of
+from anyorder.runtime.openvino.inputs import inputs_of, with_content
 from anyorder.runtime.openvino.processor import properties
 from anyorder.runtime.runner import ModelRunner, weights_of
 
@@ -55,6 +55,8 @@ class OpenVINORunner(ModelRunner):
         weights: of `graph.WEIGHTS`, those in the folder.
     """
 
+    follows_buffers = True
+
     def __init__(self, model: AnyOrderPreTrainedModel, folder: Path, weights: str):
         self.model, self.weights = model, weights
         self._made_of = weights_of(model)
@@ -73,7 +75,7 @@ class OpenVINORunner(ModelRunner):
             if (folder / f"{name}.xml").is_file()
         }
         self._shared_by_threads = Lock()  # those of rows belong to a run each
-        self._requests: WeakKeyDictionary[KeyValueStore, _Requests] = WeakKeyDictionary()
+        self._requests: WeakKeyDictionary[object, _Requests] = WeakKeyDictionary()  # of whole stores
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of the model begins without."""
@@ -96,6 +98,9 @@ class OpenVINORunner(ModelRunner):
             raise ValueError(f"the model's adapters were turned {state} since it was prepared for OpenVINO")
 
     def hidden(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
+        padding = 0 if rows.content_count else 1
+        if padding:
+            rows = with_content(rows, store.capacity)
         is_open = self._is_gated and self.adapters_are_on and bool(rows.gates.any())
         request, count = self._request(store, is_open, int(rows.hi.max()), len(rows.lo))
         inputs = inputs_of(self.model, rows, key_positions, store, count)
@@ -106,7 +111,7 @@ class OpenVINORunner(ModelRunner):
         start = common_start(rows.ranks, store.capacity)
         for layer in range(len(new) // 2):
             store.append(layer, new[2 * layer], new[2 * layer + 1], rows.ranks, start)
-        return hidden.clone()
+        return hidden[:, padding:].clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._logits(self._head, hidden)
@@ -157,19 +162,19 @@ class OpenVINORunner(ModelRunner):
             read: one past the highest rank that any row reads.
             batch: B.
         """
-        requests = self._requests.setdefault(store, _Requests())
+        requests = self._requests.setdefault(store.whole, _Requests())
         if is_open not in requests.made:
             requests.made[is_open] = self._graph(is_open).create_infer_request()
         request = requests.made[is_open]
         buffers = [part for pair in zip(*store.buffers, strict=True) for part in pair]
-        count = _count(read, store.capacity) if buffers else 0
-        bound = (batch, count, *(buffer.data_ptr() for buffer in buffers[:1]))
+        count = _count(read, store.capacity) if buffers else 1
+        bound = (batch, count, *(buffer.data_ptr() for buffer in buffers))
         if requests.bound.get(is_open) == bound and (not buffers or count > store.capacity):
             return request, count
         if buffers:
             parts = [buffer[:, :, :count].contiguous() for buffer in buffers]
         else:
-            parts = [torch.zeros(batch, heads, 0, size) for pair in self._sizes for heads, size in pair]
+            parts = [torch.zeros(batch, heads, 1, size) for pair in self._sizes for heads, size in pair]
         requests.held[is_open] = parts
         names = [name for layer in range(len(self._sizes)) for name in (f"key.{layer}", f"value.{layer}")]
         for name, part in zip(names, parts, strict=True):
