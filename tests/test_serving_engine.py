@@ -100,28 +100,34 @@ def test_requests_share_forwards_of_another_engine(engine, tmp_path, monkeypatch
 
 def test_a_long_start_keeps_no_short_steps_waiting():
     short = [(slot, 1, 3) for slot in (0, 1, 3)]
-    assert batches([short[0], (2, 60, 0), *short[1:]]) == [[0, 2, 3], [1]]
-    assert batches([(0, 20, 0), (1, 18, 2)]) == [[0, 1]]
-    assert batches([(0, 20, 0), (9, 20, 0)]) == [[0], [1]]  # the slots between them would be padding
-    assert batches([]) == []
+    assert batches([short[0], (2, 60, 0), *short[1:]], 0.5) == [[0, 2, 3], [1]]
+    assert batches([(0, 20, 0), (1, 18, 2)], 0.5) == [[0, 1]]
+    assert batches([(0, 2, 0), (9, 2, 0)], 0.5) == [[0, 1]]  # copies of two slots
+    assert batches([(0, 2, 0), (9, 2, 0)], 9) == [[0], [1]]  # too long to be copied
+    assert batches([], 0.5) == []
 
 
-@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 8)), max_size=6), st.randoms(use_true_random=False))
-def test_forwards_are_put_together_where_that_costs_least(sizes, random):
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 8)), max_size=6),
+    st.sampled_from([0.25, 2.0, 9.0]),
+    st.randoms(use_true_random=False),
+)
+def test_forwards_are_put_together_where_that_costs_least(sizes, copy, random):
     slots = random.sample(range(8), len(sizes))
     calls = [(slot, *size) for slot, size in zip(slots, sizes, strict=True)]
     order = sorted(range(len(calls)), key=lambda n: (sum(calls[n][1:]), calls[n]))
 
     def cost(numbers):
         chosen, content, query = zip(*(calls[n] for n in numbers), strict=True)
-        return FORWARD + (max(chosen) - min(chosen) + 1) * (max(content) + max(query))
+        rows = max(content) + max(query)
+        return FORWARD + min((max(chosen) - min(chosen) + 1) * rows, len(numbers) * (rows + copy))
 
-    made = batches(calls)
+    made = batches(calls, copy)
     assert sorted(itertools.chain(*made)) == list(range(len(calls)))
     cuts = itertools.chain.from_iterable(itertools.combinations(range(1, len(calls)), k) for k in range(len(calls)))
     for cut in cuts:
         parts = [order[a:b] for a, b in itertools.pairwise((0, *cut, len(order)))]
-        assert sum(map(cost, made)) <= sum(map(cost, parts))
+        assert sum(map(cost, made)) <= sum(map(cost, parts)) + 1e-9
 
 
 def test_who_computes_for_long_keeps_nobody_waiting(engine):
@@ -155,6 +161,12 @@ def test_buffers_have_the_size_that_requests_need():
     assert key.shape == (3, 2, 512, 4)
     assert torch.equal(key[:, :, :5], keys)
     assert torch.equal(value[:, :, :5], -keys)
+    pair, ranks = kept.of([0, 2]), torch.tensor([[7], [8]])
+    for found, which in zip(pair.append(0, keys[::2, :, :1], keys[::2, :, :1], ranks, None), (1, -1), strict=True):
+        assert torch.equal(found[:, :, :5], which * keys[::2])  # copies of those slots
+        assert torch.equal(found[0, :, 7], keys[0, :, 0])
+    assert torch.equal(key[2, :, 8], keys[2, :, 0])  # what is written goes into the whole
+    assert not key[1, :, 5:].any()
     own.append(0, keys[1:2], keys[1:2], torch.arange(5)[None], 0)
     assert torch.equal(value[1, :, :5], keys[1])  # a part writes into the whole
     kept.use(0, 600)

@@ -36,8 +36,8 @@ class KeyValueStore:
     @property
     def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of each layer, (B, heads, capacity + 1, head_dim); empty before the first forward."""
-        layers = [self._layers[layer] for layer in sorted(self._layers)]
-        return [key for key, _ in layers], [value for _, value in layers]
+        layers = sorted(self._layers.items())
+        return [key for _, (key, _) in layers], [value for _, (_, value) in layers]
 
     def of(self, batch: Tensor) -> KeyValueStore:
         """A store of copies of some rows of the batch, (A,) int64: any of them, any number of times."""
@@ -90,12 +90,20 @@ class KeyValueStore:
         buffers = self._buffers(layer, len(key), key, value)
         if key.requires_grad or value.requires_grad:
             buffers = (buffers[0].clone(), buffers[1].clone())
-        for buffer, new in zip(buffers, (key, value), strict=True):
-            if start is not None:
-                buffer[:, :, start : start + new.shape[2]] = new
-            else:
-                scatter(buffer, new, ranks)
+        _write(buffers, (key, value), ranks, start)
         return buffers
+
+    def write(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> None:
+        """`append` without anything to read, and without gradients."""
+        _write(self._buffers(layer, len(key), key, value), (key, value), ranks, start)
+
+
+def _write(buffers: tuple[Tensor, Tensor], parts: tuple[Tensor, Tensor], ranks: Tensor, start: int | None) -> None:
+    for buffer, new in zip(buffers, parts, strict=True):
+        if start is not None:
+            buffer[:, :, start : start + new.shape[2]] = new
+        else:
+            scatter(buffer, new, ranks)
 
 
 def scatter(buffer: Tensor, new: Tensor, ranks: Tensor) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, cast
 
@@ -29,6 +29,8 @@ T = TypeVar("T")
 LEAST_PATIENCE, MOST_PATIENCE = 0.02, 0.2
 """Seconds: those that wait are joined by others that come before another forward would have been done, within these
 bounds; a request that comes later, such as one that compiles a pattern, is not waited for until it asks again."""
+RANKS_COPIED = 400
+"""As many ranks of a slot are copied in the time that a row takes."""
 TURN = 0.05
 """Seconds: requests compute one after the other between two forwards, as Python's threads, were they all to do so at
 once, would take twice as long by taking its lock from each other; one that computes longer goes on beside others."""
@@ -196,23 +198,31 @@ class Joiner:
         for slot, rows, _ in calls:
             self.slots.use(slot, int(rows.hi.max()))  # what a row writes it reads
         self.slots.fit()
-        out: dict[int, Tensor] = {}
         sizes = [(slot, rows.content_count, rows.count - rows.content_count) for slot, rows, _ in calls]
-        for numbers in batches(sizes):
-            batch = [calls[n] for n in numbers]
-            first, last = min(slot for slot, *_ in batch), max(slot for slot, *_ in batch)
-            rows, positions = stack(
-                {slot - first: part for slot, *part in batch}, last - first + 1, self.slots.capacity
-            )
-            hidden = self.runner.hidden(rows, positions, self.slots[first : last + 1])
-            self.forwards, self.rows = self.forwards + 1, self.rows + len(batch)
-            for slot, own, _ in batch:
-                of_slot = hidden[slot - first : slot - first + 1]
-                content, query = of_slot.split([rows.content_count, rows.count - rows.content_count], dim=1)
-                C = own.content_count
-                out[slot] = torch.cat([content[:, :C], query[:, : own.count - C]], dim=1)
+        copy = (self.slots.capacity + 1) / RANKS_COPIED
+        out: dict[int, Tensor] = {}
+        for numbers in batches(sizes, copy):
+            chosen = sorted(calls[n][0] for n in numbers)
+            if _is_read_in_place([sizes[n] for n in numbers], copy):
+                chosen = list(range(chosen[0], chosen[-1] + 1))
+            out |= self._forward(chosen, {slot: part for slot, *part in (calls[n] for n in numbers)})
         self._patience = min(max(time.monotonic() - begun, LEAST_PATIENCE), MOST_PATIENCE)
         return [out[slot] for slot, *_ in calls]
+
+    def _forward(self, chosen: list[int], parts: dict[int, list[Any]]) -> dict[int, Tensor]:
+        """Final hidden states of the rows of some of the chosen slots, of each its rows and its key positions."""
+        is_run = chosen[-1] - chosen[0] + 1 == len(chosen)
+        store = self.slots[chosen[0] : chosen[-1] + 1] if is_run else self.slots.of(chosen)
+        placed = {chosen.index(slot): part for slot, part in parts.items()}
+        rows, positions = stack(placed, len(chosen), self.slots.capacity)
+        hidden = self.runner.hidden(rows, positions, store)
+        self.forwards, self.rows = self.forwards + 1, self.rows + len(parts)
+        out = {}
+        for place, (own, _) in placed.items():
+            C, Q = own.content_count, own.count - own.content_count
+            content, query = hidden[place : place + 1].tensor_split([rows.content_count], dim=1)
+            out[chosen[place]] = torch.cat([content[:, :C], query[:, :Q]], dim=1)
+        return out
 
     def _logits(self, calls: Sequence[tuple[Tensor]]) -> list[Tensor]:
         states = [hidden for (hidden,) in calls]
@@ -298,27 +308,23 @@ def _start(rows: Rows) -> Tensor:
     return rows.seed_ids[0, : int(plain.long().cumprod(dim=0).sum())]
 
 
-def batches(calls: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+def batches(calls: Sequence[tuple[int, int, int]], copy: float) -> list[list[int]]:
     """Which calls to put into a forward together, by their numbers: what costs least in all.
 
-    A forward costs `FORWARD` rows and those of every slot from its first to its last, each with as many content rows
-    and as many query rows as any of its calls. Calls of about as many rows go together.
+    A forward costs `FORWARD` rows and those of its slots, each with as many content rows and as many query rows as any
+    of its calls: either all slots from its first to its last, or those alone that have a call, and a copy of each.
+    Calls of about as many rows go together.
 
     Args:
         calls: of each its slot, its content rows and its query rows.
+        copy: what the copy of a slot costs, in rows.
     """
     order = sorted(range(len(calls)), key=lambda n: (calls[n][1] + calls[n][2], calls[n]))
-    least, begins = [0], [0]  # of the first calls of the order: their cost, and where the last of their forwards begins
+    # Of the first calls of the order: their cost, and where the last of their forwards begins.
+    least, begins = [0.0], [0]
     for end in range(1, len(order) + 1):
-        found = []
-        low = high = calls[order[end - 1]][0]
-        content = query = 0
-        for start in range(end - 1, -1, -1):
-            slot, own_content, own_query = calls[order[start]]
-            low, high = min(low, slot), max(high, slot)
-            content, query = max(content, own_content), max(query, own_query)
-            found.append((least[start] + FORWARD + (high - low + 1) * (content + query), start))
-        cost, start = min(found)
+        parts = ([calls[n] for n in order[start:end]] for start in range(end))
+        cost, start = min((least[start] + FORWARD + min(_rows(part, copy)), start) for start, part in enumerate(parts))
         least.append(cost)
         begins.append(start)
     made, end = [], len(order)
@@ -328,7 +334,19 @@ def batches(calls: Sequence[tuple[int, int, int]]) -> list[list[int]]:
     return made[::-1]
 
 
-def stack(parts: dict[int, Sequence[Any]], count: int, spare: int) -> tuple[Rows, Tensor]:
+def _rows(calls: Sequence[tuple[int, int, int]], copy: float) -> tuple[float, float]:
+    """What a forward's slots cost, in rows: all from the first to the last, or copies of those that have a call."""
+    slots, content, query = zip(*calls, strict=True)
+    rows = max(content) + max(query)
+    return (max(slots) - min(slots) + 1) * rows, len(calls) * (rows + copy)
+
+
+def _is_read_in_place(calls: Sequence[tuple[int, int, int]], copy: float) -> bool:
+    in_place, copied = _rows(calls, copy)
+    return in_place <= copied
+
+
+def stack(parts: Mapping[int, Sequence[Any]], count: int, spare: int) -> tuple[Rows, Tensor]:
     """Rows of single texts as those of a batch, and (B, K) their key positions; slots without any are padding.
 
     Args:

@@ -1,7 +1,8 @@
 """Keys and values of many requests in one set of buffers, so that their forwards can be one.
 
 Each request has a slot, a row of the buffers, which is written in place for as long as it lives. A forward goes over
-neighbouring slots, without a copy. What many requests begin with is kept apart and copied in (`Prefixes`).
+neighbouring slots, without a copy, or over any others, of which it reads copies. What many requests begin with is kept
+apart and copied in (`Prefixes`).
 
 This module knows slots, ranks and token ids; which request has which slot is the engine's business.
 
@@ -53,6 +54,10 @@ class Slots:
         """The store of neighbouring slots, which writes into them: the same object each time."""
         return self._parts.setdefault((chosen.start, chosen.stop), _Part(self, chosen))
 
+    def of(self, chosen: Sequence[int]) -> KeyValueStore:
+        """The store of some slots: it writes into them, and what is read of it are copies."""
+        return _Scattered(self, torch.tensor(chosen))
+
     def use(self, slot: int, ranks: int) -> None:
         """The request of a slot will use so many ranks, the first ones."""
         self._used[slot] = max(self._used[slot], ranks)
@@ -66,6 +71,14 @@ class Slots:
         """Let a slot begin with a copy of a full store of one row, from the next `fit` on."""
         self._begins[slot] = row
         self.use(slot, row.capacity)
+
+    def buffers_of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a layer; if there are none, they are made like (any, heads, any, head_dim)."""
+        if layer not in self._layers:
+            self._layers[layer] = tuple(  # type: ignore[assignment]
+                part.new_zeros(self.count, part.shape[1], self.capacity + 1, part.shape[3]) for part in (key, value)
+            )
+        return self._layers[layer]
 
     def fit(self) -> None:
         """Let buffers have the size that requests need, and what slots begin with; between two forwards only."""
@@ -129,10 +142,39 @@ class _Part(KeyValueStore):
                 self._slots.begin(slot, row)
 
     def _buffers(self, layer: int, rows: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        whole = self._slots._layers
-        if layer not in whole:
-            whole[layer] = self._empty(self._slots.count, key), self._empty(self._slots.count, value)
+        self._slots.buffers_of(layer, key, value)
         return self._layers[layer]
+
+
+class _Scattered(KeyValueStore):
+    """Some slots as a batch, wherever they are."""
+
+    def __init__(self, slots: Slots, chosen: Tensor):
+        self._slots, self._chosen = slots, chosen
+
+    @property
+    def capacity(self) -> int:  # type: ignore[override]
+        return self._slots.capacity
+
+    @property
+    def whole(self) -> object:
+        return self._slots
+
+    @property
+    def _layers(self) -> dict[int, tuple[Tensor, Tensor]]:  # type: ignore[override]
+        return {layer: self._read(layer) for layer in self._slots._layers}
+
+    def _read(self, layer: int) -> tuple[Tensor, Tensor]:
+        key, value = self._slots._layers[layer]
+        return key.index_select(0, self._chosen.to(key.device)), value.index_select(0, self._chosen.to(key.device))
+
+    def append(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> tuple[Tensor, Tensor]:
+        self.write(layer, key, value, ranks, start)
+        return self._read(layer)
+
+    def write(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> None:
+        for buffer, new in zip(self._slots.buffers_of(layer, key, value), (key, value), strict=True):
+            buffer[self._chosen.to(buffer.device)[:, None], :, ranks] = new.transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class OpenVINORunner(ModelRunner):
         hidden, *new = (torch.from_numpy(output.data) for output in request.output_tensors)
         start = common_start(rows.ranks, store.capacity)
         for layer in range(len(new) // 2):
-            store.append(layer, new[2 * layer], new[2 * layer + 1], rows.ranks, start)
+            store.write(layer, new[2 * layer], new[2 * layer + 1], rows.ranks, start)
         return hidden[:, padding:].clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
