@@ -21,7 +21,7 @@ from decoding_runs import generator, run
 pytest.importorskip("openvino", reason="needs anyorder[openvino]")
 
 from anyorder.runtime.openvino import cache, prepare
-from anyorder.runtime.openvino import graph as openvino_graph
+from anyorder.runtime.openvino.compiled import CompiledRows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what exporting imports
@@ -187,14 +187,32 @@ def test_rows_with_closed_gates_are_the_same_without_adapters(models, monkeypatc
     def hidden():
         return runner.hidden(rows, layout.key_positions, KeyValueStore(runner.capacity(T)))
 
-    without, graph = hidden(), runner._graph
-    monkeypatch.setattr(runner, "_graph", lambda is_open: graph(True))
+    without, sources = hidden(), dict(runner.graphs._sources)
+    monkeypatch.setattr(runner, "graphs", CompiledRows(sources[True], False, runner._compiled))
     bound = {"float32": 2e-4, "int8": 2e-2, "bfloat16": 2e-2}[weights] * float(without.abs().max())
     torch.testing.assert_close(hidden(), without, atol=bound, rtol=0)
-    sizes = [sum(node.get_type_name() == "MatMul" for node in graph.get_ordered_ops())
-             for graph in (runner._whole, openvino_graph.closed(runner._whole))]  # fmt: skip
+    sizes = [sum(node.get_type_name() == "MatMul" for node in sources[with_].get_ordered_ops())
+             for with_ in (True, False)]  # fmt: skip
     layers = len(model.causal_lm.model.layers)
     assert sizes[0] - sizes[1] == 4 * layers  # what adapters add; what they read is part of the products beside them
+
+
+def test_sizes_that_come_often_get_a_graph_of_their_own(models, monkeypatch):
+    model = models("gated")
+    runner = engines.runner_for(model, "openvino", "float32")
+    monkeypatch.setattr(CompiledRows, "often", 3)
+    monkeypatch.setattr(CompiledRows, "most_fixed", 2)
+    graphs, kept = runner.graphs, set()
+    for ids, order in ((IDS, ORDER), (IDS[:1], ORDER.unstack()[0]), (IDS[1:], Factorization.left_to_right(T, given=1))):
+        output = run(
+            model, ids, order, engine="openvino", weights="float32", policy=policies.groupwise(1), forced_ids=ids
+        )
+        expected = model.log_likelihood(ids, order.regroup(1))
+        torch.testing.assert_close(output.log_probs, expected, **NEAR)
+        assert 0 < len(graphs._fixed) <= 2
+        kept |= set(graphs._fixed)
+    assert len(kept) > 2  # some made room for others
+    assert {sizes.is_open for sizes in kept} == {True, False}
 
 
 @pytest.mark.slow

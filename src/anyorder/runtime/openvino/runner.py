@@ -1,7 +1,8 @@
 """Decoding steps through OpenVINO.
 
 Prompts and steps alike: every size of the graph is dynamic. Keys and values stay in the run's store, whose buffers the
-graph reads where they lie. Steps whose gates are all closed take a graph without adapters.
+graph reads where they lie. Steps whose gates are all closed take a graph without adapters, those whose sizes come again
+and again one of their own (`compiled`).
 
 Shapes: B batch, R rows of a forward (C content rows first), K stored ranks, N predictions, V vocabulary, E hidden size.
 """
@@ -23,7 +24,7 @@ from anyorder.model import adapters
 from anyorder.model.attention import common_start
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.kv_cache import KeyValueStore
-from anyorder.runtime.openvino.graph import closed
+from anyorder.runtime.openvino.compiled import CompiledRows, Key, Sizes
 from anyorder.runtime.openvino.inputs import inputs_of, with_content
 from anyorder.runtime.openvino.processor import properties
 from anyorder.runtime.runner import ModelRunner, weights_of
@@ -37,13 +38,19 @@ MOST_SPARE = 512
 
 @dataclass
 class _Requests:
-    """What executes the forwards over one store: of graphs with adapters and without, by whether gates are open."""
+    """What executes the forwards over one store, by the graph."""
 
-    made: dict[bool, Any] = field(default_factory=dict)
-    bound: dict[bool, tuple[int, ...]] = field(default_factory=dict)
+    made: dict[Key, Any] = field(default_factory=dict)
+    bound: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     """Where the keys and values lie that a request reads, and how many ranks of them."""
-    held: dict[bool, list[Tensor]] = field(default_factory=dict)
+    held: dict[Key, list[Tensor]] = field(default_factory=dict)
     """What those keys and values lie in: OpenVINO does not keep it."""
+
+    def keep(self, graphs: CompiledRows) -> None:
+        """Let go of those whose graph is no longer kept."""
+        for key in [key for key in self.made if key not in graphs]:
+            for table in (self.made, self.bound, self.held):
+                table.pop(key, None)
 
 
 class OpenVINORunner(ModelRunner):
@@ -65,9 +72,9 @@ class OpenVINORunner(ModelRunner):
         self._made_with_adapters = self.adapters_are_on
         self._properties = properties(weights)
         self._core = ov.Core()
-        self._whole = self._core.read_model(folder / "rows.xml")  # reads weights when they are needed
-        self._graphs: dict[bool, Any] = {}
-        self._sizes = _sizes_of_keys_and_values(self._whole)
+        whole = self._core.read_model(folder / "rows.xml")  # reads weights when they are needed
+        self.graphs = CompiledRows(whole, self._is_gated, self._compiled)
+        self._sizes = _sizes_of_keys_and_values(whole)
         self._head = self._compiled(self._core.read_model(folder / "head.xml")).create_infer_request()
         self._members = {
             name: self._compiled(self._core.read_model(folder / f"{name}.xml")).create_infer_request()
@@ -88,7 +95,11 @@ class OpenVINORunner(ModelRunner):
         return self._adapted is not None and not self._adapted.disable_adapters
 
     def capacity(self, columns: int) -> int:
-        return -(-(columns + 1) // RANKS) * RANKS - 1
+        ranks = RANKS
+        while ranks <= columns:  # few sizes, so that the same come again: 1, 2, 3, 4, 6, 8, 12, ... times RANKS
+            power = 2 ** (ranks // RANKS).bit_length() // 2 * RANKS
+            ranks = ranks + max(power // 2, RANKS) if ranks == power else 2 * power
+        return ranks - 1
 
     def check(self) -> None:
         if weights_of(self.model) != self._made_of:
@@ -102,7 +113,9 @@ class OpenVINORunner(ModelRunner):
         if padding:
             rows = with_content(rows, store.capacity)
         is_open = self._is_gated and self.adapters_are_on and bool(rows.gates.any())
-        request, count = self._request(store, is_open, int(rows.hi.max()), len(rows.lo))
+        buffers = [part for pair in zip(*store.buffers, strict=True) for part in pair]
+        count = _count(int(rows.hi.max()), store.capacity) if buffers else 1
+        request = self._request(store, Sizes(is_open, len(rows.lo), rows.count, rows.content_count, count), buffers)
         inputs = inputs_of(self.model, rows, key_positions, store, count)
         for name, tensor in inputs.items():
             request.set_tensor(name, _shared(tensor))
@@ -153,41 +166,33 @@ class OpenVINORunner(ModelRunner):
         """OpenVINO's own part of a step."""
         request.infer()
 
-    def _request(self, store: KeyValueStore, is_open: bool, read: int, batch: int) -> tuple[Any, int]:
-        """What executes a forward, with stored keys and values for its input, and how many ranks of them.
+    def _request(self, store: KeyValueStore, sizes: Sizes, buffers: list[Tensor]) -> Any:
+        """What executes a forward, with stored keys and values for its input.
 
         Args:
             store: of the run.
-            is_open: whether the gate of any row is open.
-            read: one past the highest rank that any row reads.
-            batch: B.
+            sizes: of the forward.
+            buffers: of the store, keys and values of each layer by turns; none before its first forward.
         """
         requests = self._requests.setdefault(store.whole, _Requests())
-        if is_open not in requests.made:
-            requests.made[is_open] = self._graph(is_open).create_infer_request()
-        request = requests.made[is_open]
-        buffers = [part for pair in zip(*store.buffers, strict=True) for part in pair]
-        count = _count(read, store.capacity) if buffers else 1
-        bound = (batch, count, *(buffer.data_ptr() for buffer in buffers))
-        if requests.bound.get(is_open) == bound and (not buffers or count > store.capacity):
-            return request, count
+        key, graph = self.graphs.graph_for(sizes)
+        if key not in requests.made:
+            requests.keep(self.graphs)
+            requests.made[key] = graph.create_infer_request()
+        request, count = requests.made[key], sizes.stored
+        bound = (sizes.batch, count, *(buffer.data_ptr() for buffer in buffers))
+        if requests.bound.get(key) == bound and (not buffers or count > store.capacity):
+            return request
         if buffers:
             parts = [buffer[:, :, :count].contiguous() for buffer in buffers]
         else:
-            parts = [torch.zeros(batch, heads, 1, size) for pair in self._sizes for heads, size in pair]
-        requests.held[is_open] = parts
+            parts = [torch.zeros(sizes.batch, heads, 1, size) for pair in self._sizes for heads, size in pair]
+        requests.held[key] = parts
         names = [name for layer in range(len(self._sizes)) for name in (f"key.{layer}", f"value.{layer}")]
         for name, part in zip(names, parts, strict=True):
             request.set_tensor(name, _shared(part))
-        requests.bound[is_open] = bound
-        return request, count
-
-    def _graph(self, is_open: bool) -> Any:
-        """The compiled forward of rows, with adapters or without; made when first needed."""
-        if is_open not in self._graphs:
-            without = self._is_gated and not is_open
-            self._graphs[is_open] = self._compiled(closed(self._whole) if without else self._whole)
-        return self._graphs[is_open]
+        requests.bound[key] = bound
+        return request
 
     def _compiled(self, graph: ov.Model) -> Any:
         return self._core.compile_model(graph, "CPU", self._properties)
