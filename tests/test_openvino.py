@@ -215,6 +215,14 @@ def test_sizes_that_come_often_get_a_graph_of_their_own(models, monkeypatch):
     assert {sizes.is_open for sizes in kept} == {True, False}
 
 
+def test_what_was_prepared_is_found_by_who_uses_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "cache_directory", lambda: tmp_path)
+    model = gated("llama")
+    made = prepare.prepare(model, "float32")
+    engines.runner_for(model, "openvino", "float32")
+    assert [path.name for path in (tmp_path / "openvino").iterdir() if path.is_dir()] == [made.name]
+
+
 @pytest.mark.slow
 def test_what_cannot_be_exported_is_refused_with_the_reason(models):
     with pytest.raises(ValueError, match="a Qwen3MoeForCausalLM cannot be exported to OpenVINO .*use engine='eager'"):

@@ -86,14 +86,14 @@ def state_of(model: PreTrainedModel) -> str:
 
 def _numbers(module: nn.Module) -> list[tuple[str, Any]]:
     """Plain numbers that a module holds (scales, windows, whether it is off, ...), and tables; not PyTorch's own,
-    which number hooks through a process."""
+    which number hooks through a process, nor empty tables, which a model gets by being used."""
     plain = (bool, int, float)
     found = {name: value for name, value in vars(module).items() if isinstance(value, (*plain, dict))}
     return sorted(
         (name, repr(value))
         for name, value in found.items()
         if name not in _OF_ANY_MODULE
-        and (not isinstance(value, dict) or all(isinstance(p, plain) for p in value.values()))
+        and (not isinstance(value, dict) or (value and all(isinstance(p, plain) for p in value.values())))
     )
 
 
