@@ -74,7 +74,15 @@ def requests(continuations: bool) -> list[tuple[str, dict[str, Any]]]:
 
 
 async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Answer:
-    """One request; raises for an answer that is none."""
+    """One request; raises for an answer that is none. A server may have closed the connection that was kept, which says
+    nothing of the request: it is then sent once more."""
+    try:
+        return await _ask(client, path, body)
+    except httpx.RemoteProtocolError:
+        return await _ask(client, path, body)
+
+
+async def _ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Answer:
     begun, first, text, tokens = time.perf_counter(), 0.0, "", 0
     async with client.stream("POST", path, json=body) as response:
         if response.status_code != 200:
