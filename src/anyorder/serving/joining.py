@@ -40,7 +40,7 @@ FORWARD = 8
 """What a forward costs before its first row, in rows: two forwards where one would have more padding than that."""
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself: arguments are tensors
 class _Call:
     """What a request waits for."""
 
