@@ -26,6 +26,8 @@ from torch import Tensor
 from anyorder.core.factorization import ABSENT, Factorization
 
 RECIPES = ("exact", "paper")
+PADDING: dict[str, int | bool] = {"seed_ids": 0, "seeded": True, "positions": 0, "lo": 0, "hi": 1, "gates": False}
+"""What rows hold that are padding, by field; all but their ranks: the store's spare one."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,7 @@ class Rows:
             return torch.where(used, values.gather(1, index), filler)
 
         rows = Rows(
-            seed_ids=pick(self.seed_ids, 0),
-            seeded=pick(self.seeded, True),
-            positions=pick(self.positions, 0),
-            lo=pick(self.lo, 0),
-            hi=pick(self.hi, 1),
-            gates=pick(self.gates, False),
+            **{name: pick(getattr(self, name), filler) for name, filler in PADDING.items()},
             ranks=torch.where(content_used, self.ranks.gather(1, content), spare),
         )
         return rows, torch.cat([content_place, content.shape[1] + query_place], dim=1)

@@ -106,7 +106,12 @@ def _write(buffers: tuple[Tensor, Tensor], parts: tuple[Tensor, Tensor], ranks: 
             scatter(buffer, new, ranks)
 
 
-def scatter(buffer: Tensor, new: Tensor, ranks: Tensor) -> None:
-    """Write (B, heads, C, head_dim) into (B, C) ranks of a buffer (B, heads, capacity + 1, head_dim)."""
-    batch = torch.arange(new.shape[0], device=new.device)[:, None]
-    buffer[batch, :, ranks] = new.transpose(1, 2)
+def scatter(buffer: Tensor, new: Tensor, ranks: Tensor, batch: Tensor | None = None) -> None:
+    """Write (B, heads, C, head_dim) into (B, C) ranks of a buffer (any, heads, capacity + 1, head_dim).
+
+    Args:
+        batch: (B,) int64, rows of the buffer; None: the first B.
+    """
+    if batch is None:
+        batch = torch.arange(new.shape[0], device=new.device)
+    buffer[batch[:, None], :, ranks] = new.transpose(1, 2)

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from anyorder.core.layout import Rows
+from anyorder.core.layout import PADDING, Rows
 from anyorder.model import adapters
 from anyorder.model.attention import Block, additive, attend_by_blocks, for_heads, which_are_read
 from anyorder.model.base import AnyOrderPreTrainedModel
@@ -31,9 +31,6 @@ MOST_ROWS = 64
 """Rows of such a forward, over the batch; with more, arithmetic binds and eager kernels serve."""
 RANKS = 64
 """The store's ranks, the spare one included, are a multiple of it."""
-_PADDING: dict[str, int | bool] = {
-    "seed_ids": 0, "seeded": True, "positions": 0, "lo": 0, "hi": 1, "gates": False,
-}  # fmt: skip
 Shape = tuple[int, int, int, int, bool, bool]
 """Batch, content rows, query rows, ranks, whether a gated adapter acts on any row, whether adapters are on."""
 
@@ -145,7 +142,7 @@ class StaticRunner(ModelRunner):
         K, device = store.capacity + 1, self.model.query_embedding.device
         some_open = bool(rows.gates.any())
         shape = (B, C_, Q_, K, some_open, self._adapters_are_on)
-        padded = [_padded(getattr(rows, name), C, C_, Q_, filler) for name, filler in _PADDING.items()]
+        padded = [_padded(getattr(rows, name), C, C_, Q_, filler) for name, filler in PADDING.items()]
         padded += [_right(rows.ranks, C_, store.capacity), _right(key_positions, K, 0)]
         inputs = (*(tensor.contiguous().to(device) for tensor in padded), keys, values)
         if shape not in self._shapes:

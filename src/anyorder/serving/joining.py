@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from anyorder.core.layout import Rows
+from anyorder.core.layout import PADDING, Rows
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.runner import ModelRunner
 from anyorder.serving.slots import Prefixes, Slots
@@ -369,8 +369,7 @@ def stack(parts: Mapping[int, Sequence[Any]], count: int, spare: int) -> tuple[R
         return values.new_full((count * width,), filler).index_copy_(0, places, values).view(count, width)
 
     at = torch.tensor(every)
-    fillers = {"seed_ids": 0, "seeded": True, "positions": 0, "lo": 0, "hi": 1, "gates": False}
-    made = {name: placed(name, at, C + Q, filler) for name, filler in fillers.items()}
+    made = {name: placed(name, at, C + Q, filler) for name, filler in PADDING.items()}
     # A request's own spare rank is none of the buffers': they may be shorter.
     ranks = placed("ranks", torch.tensor(content, dtype=torch.int64), C, spare).clamp_(max=spare)
     positions = torch.zeros(count, K, dtype=torch.int64)

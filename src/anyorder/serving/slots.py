@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anyorder.model.kv_cache import KeyValueStore
+from anyorder.model.kv_cache import KeyValueStore, scatter
 
 SHORTEST = 16
 """Tokens from which on a start is worth keeping: fewer cost a forward hardly anything."""
@@ -96,11 +96,10 @@ class Slots:
         if self._grows and (fits > self.capacity or 4 * needed <= self.capacity + 1):
             kept = min(fits, self.capacity)
             self.capacity = fits
-            with torch.inference_mode():
-                self._layers = {
-                    layer: (self._moved(key, kept), self._moved(value, kept))
-                    for layer, (key, value) in self._layers.items()
-                }
+            self._layers = {
+                layer: (self._moved(key, kept), self._moved(value, kept))
+                for layer, (key, value) in self._layers.items()
+            }
             self.version += 1
 
     def _moved(self, buffer: Tensor, kept: int) -> Tensor:
@@ -110,12 +109,11 @@ class Slots:
         return moved
 
 
-class _Part(KeyValueStore):
+class _OfSlots(KeyValueStore):
     """Some slots as a batch."""
 
-    def __init__(self, slots: Slots, chosen: slice):
-        self._slots, self._chosen = slots, chosen
-        self._made: tuple[tuple[int, int], dict[int, tuple[Tensor, Tensor]]] | None = None
+    def __init__(self, slots: Slots):
+        self._slots = slots
 
     @property
     def capacity(self) -> int:  # type: ignore[override]
@@ -124,6 +122,15 @@ class _Part(KeyValueStore):
     @property
     def whole(self) -> object:
         return self._slots
+
+
+class _Part(_OfSlots):
+    """Neighbouring ones."""
+
+    def __init__(self, slots: Slots, chosen: slice):
+        super().__init__(slots)
+        self._chosen = chosen
+        self._made: tuple[tuple[int, int], dict[int, tuple[Tensor, Tensor]]] | None = None
 
     @property
     def _layers(self) -> dict[int, tuple[Tensor, Tensor]]:  # type: ignore[override]
@@ -146,19 +153,12 @@ class _Part(KeyValueStore):
         return self._layers[layer]
 
 
-class _Scattered(KeyValueStore):
-    """Some slots as a batch, wherever they are."""
+class _Scattered(_OfSlots):
+    """Any others."""
 
     def __init__(self, slots: Slots, chosen: Tensor):
-        self._slots, self._chosen = slots, chosen
-
-    @property
-    def capacity(self) -> int:  # type: ignore[override]
-        return self._slots.capacity
-
-    @property
-    def whole(self) -> object:
-        return self._slots
+        super().__init__(slots)
+        self._chosen = chosen
 
     @property
     def _layers(self) -> dict[int, tuple[Tensor, Tensor]]:  # type: ignore[override]
@@ -174,7 +174,7 @@ class _Scattered(KeyValueStore):
 
     def write(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> None:
         for buffer, new in zip(self._slots.buffers_of(layer, key, value), (key, value), strict=True):
-            buffer[self._chosen.to(buffer.device)[:, None], :, ranks] = new.transpose(1, 2)
+            scatter(buffer, new, ranks, self._chosen.to(buffer.device))
 
 
 @dataclass(frozen=True)

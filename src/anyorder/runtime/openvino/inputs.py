@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anyorder.core.layout import Rows
+from anyorder.core.layout import PADDING, Rows
 from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.kv_cache import KeyValueStore
 
@@ -24,15 +24,8 @@ def with_content(rows: Rows, spare: int) -> Rows:
     def behind(values: Tensor, filler: int | bool) -> Tensor:
         return torch.nn.functional.pad(values, (1, 0), value=filler)
 
-    return Rows(
-        seed_ids=behind(rows.seed_ids, 0),
-        seeded=behind(rows.seeded, True),
-        positions=behind(rows.positions, 0),
-        lo=behind(rows.lo, 0),
-        hi=behind(rows.hi, 1),
-        gates=behind(rows.gates, False),
-        ranks=behind(rows.ranks, spare),
-    )
+    every = {name: behind(getattr(rows, name), filler) for name, filler in PADDING.items()}
+    return Rows(**every, ranks=behind(rows.ranks, spare))
 
 
 def inputs_of(
