@@ -49,6 +49,7 @@ class Answer:
     first: float
     """Seconds to the first text."""
     seconds: float
+    asked_twice: bool = False
 
 
 def requests(continuations: bool) -> list[tuple[str, dict[str, Any]]]:
@@ -74,12 +75,16 @@ def requests(continuations: bool) -> list[tuple[str, dict[str, Any]]]:
 
 
 async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Answer:
-    """One request; raises for an answer that is none. A server may have closed the connection that was kept, which says
-    nothing of the request: it is then sent once more."""
+    """One request; raises for an answer that is none. Where a connection that was kept is closed before any answer has
+    begun, it is sent once more, as clients do; that is told."""
     try:
         return await _ask(client, path, body)
-    except httpx.RemoteProtocolError:
-        return await _ask(client, path, body)
+    except httpx.RemoteProtocolError as error:
+        if "without sending a response" not in str(error):
+            raise
+        answer = await _ask(client, path, body)
+        answer.asked_twice = True
+        return answer
 
 
 async def _ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Answer:
@@ -130,6 +135,7 @@ async def run(address: str, clients: int, seconds: float, mix: list[tuple[str, d
         await asyncio.gather(*(keep_asking(number) for number in range(clients)))
         whole = time.perf_counter() - begun
     many = sum(answer.tokens for _, answer in answers) / whole
+    twice = sum(answer.asked_twice for _, answer in answers)
     right = sum(answer.text == alone[own].text for own, answer in answers)
     first = [answer.first for own, answer in answers if mix[own][1].get("stream")]
     each = [answer.seconds / max(answer.tokens, 1) for _, answer in answers]
@@ -137,7 +143,7 @@ async def run(address: str, clients: int, seconds: float, mix: list[tuple[str, d
         "| | one at a time | " + f"{clients} clients |",
         "|---|---|---|",
         f"| tokens/s, of all | {one:.1f} | {many:.1f} ({many / one:.2f} times) |",
-        f"| requests | {len(mix)} | {len(answers)} in {whole:.0f} s; lost {len(lost)} |",
+        f"| requests | {len(mix)} | {len(answers)} in {whole:.0f} s; lost {len(lost)}, asked twice {twice} |",
         f"| the same text as alone | | {right} of {len(answers)} |",
         f"| seconds to a stream's first text, p50 / p95 | {_spread([a.first for a in alone])} | {_spread(first)} |",
         f"| seconds a token, p50 / p95 | {_spread([a.seconds / max(a.tokens, 1) for a in alone])} | {_spread(each)} |",
