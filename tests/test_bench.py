@@ -7,12 +7,8 @@ import csv
 import json
 import re
 import shlex
-import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
 from pathlib import Path
-from threading import Thread
-from types import ModuleType, SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,7 +17,7 @@ from anyorder import AnyOrderForCausalLM, Factorization, load
 from anyorder.bench import quality, report
 from anyorder.bench.decoders import AnyOrder, Continuation, Decoder, Foreign, HuggingFace, foreign_function
 from anyorder.bench.measure import Measured, measure
-from anyorder.bench.others import LlamaCpp
+from anyorder.bench.others import LlamaCpp, LlamaCppServer
 from anyorder.bench.run import _by_ones_first, _policies, _prompts, _sampling
 from anyorder.cli import main
 from anyorder.decoding.policies import parse
@@ -29,6 +25,26 @@ from anyorder.hub.resolve import gguf_file
 from architectures import converted, couple
 
 PROMPTS = torch.randint(3, 30, (5, 6), generator=torch.Generator().manual_seed(0))
+
+
+def test_each_decoder_is_warmed_up_for_as_long_as_is_asked():
+    """Runs that are not counted: one, and more until so many seconds have passed since."""
+    asked = []
+
+    class Slow(Decoder):
+        name = "slow"
+
+        def __call__(self, ids, new, seeds):
+            asked.append(list(seeds))
+            time.sleep(0.05)
+            return Continuation(torch.nn.functional.pad(ids, (0, new)), new)
+
+    (found,) = measure([Slow()], PROMPTS, 2, [2], warm_up=0.12)
+    assert asked == [[0, 1]] * 4 + [[0, 1], [2, 3]]
+    assert 0.2 <= found.warm_up < 2
+    asked.clear()
+    measure([Slow()], PROMPTS, 2, [2])
+    assert asked == [[0, 1], [0, 1], [2, 3]]
 
 
 def test_decoders_are_measured_on_the_same_prompts():
@@ -95,52 +111,71 @@ def test_decoders_that_cannot_be_measured_are_named(capsys, checkpoint, tmp_path
     assert re.search(message, capsys.readouterr().err)
 
 
-class _Server(ModuleType):
-    """What package xllamacpp is to `others`: a server that goes on with the prompt's last token plus one."""
+_XLLAMACPP = """
+import json, os
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from types import SimpleNamespace
+from unittest.mock import MagicMock as CommonParams
 
-    def __init__(self):
-        super().__init__("xllamacpp")
-        self.asked = []
-        outer = self
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with open(os.environ["ASKED"], "a") as asked:
+            asked.write(body.decode() + "\\n")
+        body = json.loads(body)
+        tokens = [body["prompt"][-1] + 1] * min(body["n_predict"], 5)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"tokens": tokens}).encode())
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.asked.append(body)
-                tokens = [body["prompt"][-1] + 1] * min(body["n_predict"], 5)
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(json.dumps({"tokens": tokens}).encode())
+    def log_message(self, *arguments):
+        pass
 
-            def log_message(self, *arguments):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def CommonParams(self):  # noqa: N802
-        return MagicMock()
-
-    def Server(self, settings):  # noqa: N802
-        return SimpleNamespace(listening_address=f"http://127.0.0.1:{self.http.server_port}")
+def Server(settings):
+    if not settings.model.path.endswith(".gguf"):
+        raise RuntimeError(f"no model in {settings.model.path}")
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=http.serve_forever, daemon=True).start()
+    return SimpleNamespace(listening_address=f"http://127.0.0.1:{http.server_port}")
+"""
+"""What package xllamacpp is to the process: a server that goes on with the prompt's last token plus one."""
 
 
-def test_llama_cpp_is_asked_for_each_row(monkeypatch):
-    server = _Server()
-    monkeypatch.setitem(sys.modules, "xllamacpp", server)
+@pytest.fixture
+def xllamacpp(monkeypatch, tmp_path):
+    """A stand-in for the package; what its server is asked lands in a file."""
+    (tmp_path / "xllamacpp.py").write_text(_XLLAMACPP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked.jsonl"))
+    return tmp_path / "asked.jsonl"
+
+
+def test_llama_cpp_is_asked_for_each_row(xllamacpp):
     decoder = LlamaCpp(Path("Some-Model.Q4_1.gguf"), {"temperature": 0.7})
     assert decoder.name == "llama.cpp (Q4_1)"
     found = decoder(PROMPTS[:2], 5, [7, 8])
     assert found.sequences.tolist() == [[*row, *[row[-1] + 1] * 5] for row in PROMPTS[:2].tolist()]
-    for body in server.asked:
-        assert (body["temperature"], body["ignore_eos"], body["top_k"]) == (0.7, True, 0)
-    assert sorted(body["seed"] for body in server.asked) == [7, 8]
+    asked = [json.loads(line) for line in xllamacpp.read_text().splitlines()]
+    for body in asked:
+        assert (body["temperature"], body["ignore_eos"], body["top_k"], body["cache_prompt"]) == (0.7, True, 0, False)
+    assert sorted(body["seed"] for body in asked) == [7, 8]
     with pytest.raises(ValueError, match="made 5 of 6 tokens"):
         decoder(PROMPTS[:1], 6, [7])
     with pytest.raises(ValueError, match="got a batch of 33"):
         decoder(PROMPTS[:1].expand(33, -1), 5, range(33))
-    server.http.shutdown()
-    server.http.server_close()
+
+
+def test_llama_cpp_runs_in_a_process_of_its_own_that_ends_with_its_object(xllamacpp):
+    server = LlamaCppServer(Path("some.gguf"), 1, 512)
+    process = server._process
+    assert process.poll() is None
+    del server
+    assert process.poll() == 0
+    with pytest.raises(
+        ValueError, match=r"does not begin on model\.txt; it said: RuntimeError: no model in model\.txt"
+    ):
+        LlamaCppServer(Path("model.txt"), 1, 512)
 
 
 def test_the_gguf_file_of_a_model_is_found(tmp_path):

@@ -197,6 +197,27 @@ def test_rows_with_closed_gates_are_the_same_without_adapters(models, monkeypatc
     assert sizes[0] - sizes[1] == 4 * layers  # what adapters add; what they read is part of the products beside them
 
 
+def test_closed_rows_that_a_forward_begins_with_may_go_first(models, monkeypatch):
+    """Without adapters, whatever stands behind them; the results are what they were."""
+    model = models("gated")
+    order = Factorization.stack([Factorization.random(T, 3, given=given, generator=generator(1)) for given in (5, 8)])
+    runner, went = engines.runner_for(model, "openvino", "float32"), []
+    hidden = runner._hidden
+    monkeypatch.setattr(runner, "_hidden", lambda rows, *more: (went.append(rows), hidden(rows, *more))[1])
+    monkeypatch.setattr("anyorder.runtime.openvino.runner.CLOSED", 1)
+    output = decoded(model, order, forced_ids=IDS, policy=policies.groupwise())
+    torch.testing.assert_close(output.log_probs, model.log_likelihood(IDS, order), **NEAR)
+    first, second = went[:2]
+    assert not first.gates.any()
+    assert second.gates.any()
+    assert first.count == first.content_count > 0
+    whole = lay_out(IDS, order, "exact").rows
+    start, end = whole.split(whole.closed_start)
+    assert not start.gates.any()
+    assert torch.equal(torch.cat([start.hi, end.hi], dim=1), whole.hi)
+    assert lay_out(IDS, order, "paper").rows.closed_start == 0  # where given tokens read each other, none goes first
+
+
 def test_sizes_that_come_often_get_a_graph_of_their_own(models, monkeypatch):
     model = models("gated")
     runner = engines.runner_for(model, "openvino", "float32")

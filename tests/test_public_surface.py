@@ -74,7 +74,7 @@ OPTIONS = {
     "bench": COMMON
     | MODEL
     | {"--policies", "--greedy", "--temperature", "--top-p", "--batch-size", "--prompts", "--prompt-tokens"}
-    | {"--new-tokens", "--prompt-file", "--against", "--seed", "--engines", "--uncoupled"},
+    | {"--new-tokens", "--prompt-file", "--against", "--seed", "--engines", "--uncoupled", "--warm-up"},
     "convert": COMMON | DEVICE | {"--recipe", "--overwrite"},
     "eval": COMMON
     | MODEL

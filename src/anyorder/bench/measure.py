@@ -29,7 +29,7 @@ class Measured:
     new_tokens: int
     """Of each row."""
     warm_up: float = 0.0
-    """Seconds of the first run, which is not counted."""
+    """Seconds of the runs that are not counted."""
     seconds: list[float] = field(default_factory=list)
     """Of each batch."""
     ratios: list[float] = field(default_factory=list)
@@ -82,7 +82,12 @@ class Measured:
 
 
 def measure(
-    decoders: Sequence[Decoder], prompts: Tensor, new: int, batch_sizes: Sequence[int], seed: int = 0
+    decoders: Sequence[Decoder],
+    prompts: Tensor,
+    new: int,
+    batch_sizes: Sequence[int],
+    seed: int = 0,
+    warm_up: float = 0.0,
 ) -> list[Measured]:
     """Every decoder at every batch size, on all prompts that fill whole batches.
 
@@ -92,6 +97,7 @@ def measure(
         new: tokens to add.
         batch_sizes: each at most M.
         seed: prompt number m is continued with seed + m, whatever batch it is in.
+        warm_up: seconds in which each decoder goes on after its first run before any is measured.
 
     Raises:
         ValueError: if a batch size is greater than the number of prompts.
@@ -107,7 +113,10 @@ def measure(
         for decoder, result in zip(decoders, found, strict=True):
             result.ratio_to = first_of[decoder.engine].decoder
             started = time.perf_counter()
-            decoder(prompts[:size], new, range(seed, seed + size))
+            decoder(prompts[:size], new, range(seed, seed + size))  # which may load or prepare something
+            ready = time.perf_counter()
+            while time.perf_counter() < ready + warm_up:
+                decoder(prompts[:size], new, range(seed, seed + size))
             result.warm_up = time.perf_counter() - started
         for first in tqdm(range(0, len(prompts) - size + 1, size), desc=f"batch size {size}", disable=None):
             for decoder, result in zip(decoders, found, strict=True):

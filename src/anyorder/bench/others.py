@@ -1,13 +1,16 @@
 """Other people's decoders: llama.cpp on the same GGUF file, Hugging Face compiled, anyone's function.
 
-llama.cpp runs in this process (package xllamacpp, which no extra installs) behind a port of its own on loopback, which
-is how its token ids come back. It has the base's weights in the file's precision, not in that of the model measured.
+llama.cpp runs in a process of its own (`llama_cpp_process` says why) behind a port on loopback, which is how its token
+ids come back. It has the base's weights in the file's precision, not in that of the model measured.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from anyorder.bench import llama_cpp_process
 from anyorder.bench.decoders import Continuation, Decoder, Foreign, HuggingFace, Sampling, foreign_function
 from anyorder.hub.pretrained import load_causal_lm
 from anyorder.hub.resolve import gguf_file
@@ -54,28 +58,53 @@ def base_of_its_own(model: AnyOrderForCausalLM) -> PreTrainedModel:
     return load_causal_lm(name, dtype=model.causal_lm.dtype)
 
 
-def llama_cpp_server(file: Path, slots: int, context: int, **settings: Any) -> Any:
-    """llama.cpp's server, running in threads of this process, as many as PyTorch has; it ends with the object.
+class LlamaCppServer:
+    """llama.cpp's server, in a process of its own with as many threads as PyTorch has here; it ends with the object.
 
     Args:
         file: the GGUF file.
         slots: requests that it decodes at once.
         context: tokens of each.
-        settings: more of xllamacpp's.
-    """
-    import xllamacpp
 
-    common = xllamacpp.CommonParams()
-    common.model.path = str(file)
-    common.n_parallel, common.n_ctx, common.verbosity = slots, context * slots, -1
-    common.cpuparams.n_threads = common.cpuparams_batch.n_threads = torch.get_num_threads()
-    for name, value in settings.items():
-        setattr(common, name, value)
-    return xllamacpp.Server(common)
+    Attributes:
+        address: where it is, on loopback.
+
+    Raises:
+        ValueError: if it cannot begin, with what it said last.
+    """
+
+    def __init__(self, file: Path, slots: int, context: int):
+        threads = torch.get_num_threads()
+        asked = json.dumps({"file": str(file), "slots": slots, "context": context, "threads": threads})
+        with tempfile.TemporaryFile("w+") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, llama_cpp_process.__file__, asked],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+            assert self._process.stdout is not None
+            for line in self._process.stdout:
+                if line.startswith(llama_cpp_process.ADDRESS):
+                    self.address = line.removeprefix(llama_cpp_process.ADDRESS).strip()
+                    return
+            self.close()
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or ["nothing"]
+            raise ValueError(f"{LLAMA_CPP} does not begin on {file}; it said: {said[-1]}")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_process"):
+            self.close()
+
+    def close(self) -> None:
+        """End it."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.wait()
 
 
 class LlamaCpp(Decoder):
-    """llama.cpp's server on a GGUF file, in this process, with as many threads as PyTorch has.
+    """llama.cpp's server on a GGUF file.
 
     Args:
         file: the GGUF file.
@@ -91,14 +120,13 @@ class LlamaCpp(Decoder):
         self.name = f"{LLAMA_CPP} ({file.stem.rpartition('.')[2]})" + ", greedy" * (sampling is None)
 
     @cached_property
-    def _address(self) -> str:
-        self._server = llama_cpp_server(self.file, MOST_SLOTS, 512, cache_prompt=False)
-        return str(self._server.listening_address)
+    def _server(self) -> LlamaCppServer:
+        return LlamaCppServer(self.file, MOST_SLOTS, 512)
 
     def __call__(self, ids: Tensor, new: int, seeds: Sequence[int]) -> Continuation:
         if len(ids) > MOST_SLOTS:
             raise ValueError(f"{LLAMA_CPP} is given {MOST_SLOTS} rows at once at most, got a batch of {len(ids)}")
-        address = self._address
+        address = self._server.address
         with ThreadPoolExecutor(len(ids)) as threads:
             found = list(threads.map(lambda row, seed: self._ask(address, row, new, seed), ids.tolist(), seeds))
         return Continuation(torch.cat([ids, torch.tensor(found, device=ids.device)], dim=1), new)

@@ -66,6 +66,11 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
         help="other samplers, f(base_model, input_ids, max_new_tokens, seeds) -> ids, or (ids, forwards); llama.cpp: "
         "on the GGUF file of the base (pip install xllamacpp); torch.compile: generate with a static cache, compiled",
     )  # fmt: skip
+    parser.add_argument(
+        "--warm-up", type=float, default=0.0, metavar="SECONDS",
+        help="in which each decoder goes on after a first run before any is measured (some engines compile a graph for "
+        "sizes that have come some hundred times); default: 0",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
 
@@ -100,10 +105,11 @@ def run(options: argparse.Namespace, load: Callable[..., tuple[Any, Any]]) -> No
     for engine in engines:
         decoders += _in_engine(model, _by_ones_first(chosen) if engine[0] != "eager" else chosen, sampling, *engine,
                                uncoupled=options.uncoupled)  # fmt: skip
-    results = measure(decoders, ids, options.new_tokens, sorted(set(options.batch_size)), options.seed)
+    sizes = sorted(set(options.batch_size))
+    results = measure(decoders, ids, options.new_tokens, sizes, options.seed, options.warm_up)
     _judge(results, model, tokenizer, references)
     records = [result.record() for result in results]
-    names = ("model", "dtype", "device", "prompt_tokens", "new_tokens", "seed")
+    names = ("model", "dtype", "device", "prompt_tokens", "new_tokens", "seed", "warm_up")
     settings = {"command": options.as_typed} | {name: getattr(options, name) for name in names}
     settings["sampling"] = "greedy" if sampling is None else ", ".join(f"{k} {v}" for k, v in sampling.items())
     settings |= {"prompts": len(ids), "prompt_file": options.prompt_file, "processor": describe()}

@@ -70,6 +70,20 @@ class Rows:
         opened = torch.nn.functional.pad(self.gates[:, : self.content_count].cumsum(dim=1), (1, 0))
         return ~self.gates & (opened.gather(1, self.hi) == opened.gather(1, self.lo))
 
+    @property
+    def closed_start(self) -> int:
+        """How many of the first rows are content rows with a closed gate, in the whole batch, and read none of the rows
+        behind them: those may go first in a forward of their own."""
+        C = self.content_count
+        closed = ~self.gates[:, :C] & (self.hi[:, :C] <= self.ranks + 1)
+        return int(closed.all(dim=0).long().cumprod(dim=0).sum())
+
+    def split(self, count: int) -> tuple[Rows, Rows]:
+        """The first rows, which are content rows, and those behind them."""
+        halves = (slice(None, count), slice(count, None))
+        first, second = (Rows(*(getattr(self, field.name)[:, half] for field in fields(self))) for half in halves)
+        return first, second
+
     def take(self, chosen: Tensor, spare: int) -> tuple[Rows, Tensor]:
         """Some of the rows as a forward of their own, and (B, R) where in it a chosen row went.
 

@@ -25,6 +25,7 @@ from anyorder.decoding.draw import NOT_FORCED, Drafts, Drawer, Evaluated, Visibl
 from anyorder.decoding.groups import Drawn, First, coupled_by, drafted_by, draw_at_once, draw_in_turn
 from anyorder.decoding.stopping import EndRule
 from anyorder.model.kv_cache import KeyValueStore
+from anyorder.runtime.processor import torch_threads
 from anyorder.runtime.runner import ModelRunner
 
 COMMON = 16
@@ -173,11 +174,12 @@ class Run:
 
     @torch.inference_mode()  # a few per cent faster than no_grad; what leaves is made outside of it
     def _step(self, scheduler: Scheduler) -> Step:
-        if not self.forwards:
-            self._encode_common_start()
-        queries = scheduler.queries()
-        hidden, source = self._forward(queries)
-        return scheduler.advance(queries, hidden, source)
+        with torch_threads(self.runner.torch_threads):
+            if not self.forwards:
+                self._encode_common_start()
+            queries = scheduler.queries()
+            hidden, source = self._forward(queries)
+            return scheduler.advance(queries, hidden, source)
 
     def _encode_common_start(self) -> None:
         """Encode once for all what every row of the batch begins with."""

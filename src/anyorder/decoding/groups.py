@@ -9,7 +9,7 @@ Shapes: B batch, T columns, N evaluated positions, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +28,17 @@ class Drawn:
     """(N,) int64 on the CPU."""
     log_prob: Tensor
     """(N,) float32 on the CPU: under the model itself, given the members before, in nats."""
-    processed: Tensor
-    """(N, V) logits that they were drawn from."""
+    parts: Sequence[tuple[Tensor, Tensor]]
+    """Which of them, (N,) bool, were drawn from which logits, (n, V)."""
+
+    @property
+    def processed(self) -> Tensor:
+        """(N, V) logits that they were drawn from."""
+        _, first = self.parts[0]
+        whole = first.new_empty(len(self.token), first.shape[1])
+        for chosen, part in self.parts:
+            whole[chosen.to(whole.device)] = part
+        return whole
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class First:
 def draw_at_once(drawer: Drawer, found: Evaluated, uniform: Tensor, visible: Visible) -> Drawn:
     """Tokens of positions that know nothing of each other: see `Drawer.draw`."""
     token, processed = drawer.draw(found, uniform, visible)
-    return Drawn(token, found.log_probs(token), processed)
+    return Drawn(token, found.log_probs(token), [(torch.ones_like(token, dtype=torch.bool), processed)])
 
 
 Logits = Callable[[Evaluated, Tensor, Tensor], Tensor]
@@ -104,7 +113,7 @@ def draw_in_turn(
         members[0, :, 0], members[1, :, 0] = first.column, first.token
     visible = Visible(visible.ids.clone(), visible.ranks.clone())
     token, log_prob = torch.zeros_like(row), torch.zeros(len(row))
-    processed = torch.empty_like(found.logits)
+    parts = []
     for number in range(known, members.shape[2]):
         chosen = place == number - known
         one = found.take(chosen)
@@ -115,7 +124,7 @@ def draw_in_turn(
         drawn, own = drawer.draw(one, uniform[chosen], visible)
         token[chosen] = drawn
         log_prob[chosen] = token_log_probs(one.logits, drawn.to(one.logits.device)).cpu()
-        processed[chosen.to(processed.device)] = own
+        parts.append((chosen, own))
         members[0, one.row, number], members[1, one.row, number] = one.column, drawn
         visible.ids[one.row, one.column], visible.ranks[one.row, one.column] = drawn, one.hi
-    return Drawn(token, log_prob, processed)
+    return Drawn(token, log_prob, parts)

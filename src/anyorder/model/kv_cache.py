@@ -27,6 +27,7 @@ class KeyValueStore:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stack: Tensor | None = None
 
     @property
     def whole(self) -> object:
@@ -39,9 +40,18 @@ class KeyValueStore:
         layers = sorted(self._layers.items())
         return [key for _, (key, _) in layers], [value for _, (_, value) in layers]
 
+    @property
+    def stack(self) -> Tensor | None:
+        """The buffers as one, (2 x layers, B, heads, capacity + 1, head_dim), keys and values of each layer by turns;
+        None before the first `write_all`."""
+        return self._stack
+
     def of(self, batch: Tensor) -> KeyValueStore:
         """A store of copies of some rows of the batch, (A,) int64: any of them, any number of times."""
         store = KeyValueStore(self.capacity)
+        if self.stack is not None:
+            store._hold(self.stack.index_select(1, batch.to(self.stack.device)))
+            return store
         for layer, (key, value) in self._layers.items():
             index = batch.to(key.device)
             store._layers[layer] = key.index_select(0, index), value.index_select(0, index)
@@ -97,21 +107,59 @@ class KeyValueStore:
         """`append` without anything to read, and without gradients."""
         _write(self._buffers(layer, len(key), key, value), (key, value), ranks, start)
 
+    def write_all(self, new: Tensor, ranks: Tensor, start: int | None) -> None:
+        """`write` of all layers at once, which are alike: (2 x layers, B, heads, C, head_dim), keys and values of each
+        by turns."""
+        stack = self._stack_like(new)
+        if start is not None:
+            stack[:, :, :, start : start + new.shape[3]] = new
+        else:
+            scatter(stack, new, ranks)
+
+    def _stack_like(self, new: Tensor) -> Tensor:
+        """`stack`; what there is of buffers goes into it."""
+        if self._stack is None:
+            self._hold(stacked(self._layers, new, new.shape[1], self.capacity))
+        assert self._stack is not None
+        return self._stack
+
+    def _hold(self, stack: Tensor) -> None:
+        self._stack, self._layers = stack, by_layer(stack)
+
+
+def stacked(layers: dict[int, tuple[Tensor, Tensor]], new: Tensor, rows: int, capacity: int) -> Tensor:
+    """Buffers as one, see `KeyValueStore.stack`: copies of those of layers; without any, zeros for what is to come.
+
+    Args:
+        layers: keys and values of each.
+        new: (2 x layers, any, heads, any, head_dim).
+        rows, capacity: of the buffers.
+    """
+    if layers:
+        return torch.stack([part for _, parts in sorted(layers.items()) for part in parts])
+    return new.new_zeros(len(new), rows, new.shape[2], capacity + 1, new.shape[4])
+
+
+def by_layer(stack: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """The keys and values of each layer, in the memory of a stack."""
+    parts = stack.unbind()
+    return {layer: (parts[2 * layer], parts[2 * layer + 1]) for layer in range(len(parts) // 2)}
+
 
 def _write(buffers: tuple[Tensor, Tensor], parts: tuple[Tensor, Tensor], ranks: Tensor, start: int | None) -> None:
     for buffer, new in zip(buffers, parts, strict=True):
         if start is not None:
             buffer[:, :, start : start + new.shape[2]] = new
         else:
-            scatter(buffer, new, ranks)
+            scatter(buffer[None], new[None], ranks)
 
 
-def scatter(buffer: Tensor, new: Tensor, ranks: Tensor, batch: Tensor | None = None) -> None:
-    """Write (B, heads, C, head_dim) into (B, C) ranks of a buffer (any, heads, capacity + 1, head_dim).
+def scatter(buffers: Tensor, new: Tensor, ranks: Tensor, batch: Tensor | None = None) -> None:
+    """Write (n, B, heads, C, head_dim) into (B, C) ranks of n buffers (n, any, heads, capacity + 1, head_dim).
 
     Args:
-        batch: (B,) int64, rows of the buffer; None: the first B.
+        batch: (B,) int64, rows of the buffers; None: the first B.
     """
     if batch is None:
-        batch = torch.arange(new.shape[0], device=new.device)
-    buffer[batch[:, None], :, ranks] = new.transpose(1, 2)
+        batch = torch.arange(new.shape[1], device=new.device)
+    buffers[:, batch[:, None], :, ranks] = new.permute(1, 3, 0, 2, 4)

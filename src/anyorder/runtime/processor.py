@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +37,20 @@ def threads() -> int:
     """As many as PyTorch takes, but no more than there are physical cores to run on: a second thread on a core waits
     for the first."""
     return max(1, min(torch.get_num_threads(), _physical_cores()))
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch take so many threads for what this thread asks of it; None: as many as it takes. Costs less than a
+    microsecond."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
 
 
 def describe() -> str:

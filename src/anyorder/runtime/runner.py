@@ -36,12 +36,15 @@ class ModelRunner(ABC):
         keeps_batch: whether every forward of a run must have the batch size of the first.
         takes_over: whether a run may begin with keys and values that PyTorch has made elsewhere.
         follows_buffers: whether others may take the place of a store's buffers between two forwards.
+        torch_threads: that PyTorch may take in a run; None: any number. Its helpers go on looking for work when they
+            have done some, on the cores that another engine's threads need.
     """
 
     model: AnyOrderPreTrainedModel
     keeps_batch: bool = False
     takes_over: bool = False
     follows_buffers: bool = False
+    torch_threads: int | None = None
 
     @functools.cached_property
     def _of_codes(self) -> dict[MemberNetwork, tuple[Tensor, Tensor] | None]:

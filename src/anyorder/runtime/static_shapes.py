@@ -69,8 +69,8 @@ class StaticReads:
     def keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the content rows' keys and values; all ranks come back."""
         C = self.ranks.shape[1]
-        scatter(self.keys[layer], key[:, :, :C], self.ranks)
-        scatter(self.values[layer], value[:, :, :C], self.ranks)
+        scatter(self.keys[layer][None], key[None, :, :, :C], self.ranks)
+        scatter(self.values[layer][None], value[None, :, :, :C], self.ranks)
         return self.keys[layer], self.values[layer]
 
     def stacks_heads(self, repeats: int) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anyorder.model.kv_cache import KeyValueStore, scatter
+from anyorder.model.kv_cache import KeyValueStore, by_layer, scatter, stacked
 
 SHORTEST = 16
 """Tokens from which on a start is worth keeping: fewer cost a forward hardly anything."""
@@ -39,12 +39,14 @@ class Slots:
     Attributes:
         capacity: C, as many ranks as there are now.
         version: another one whenever other buffers have taken the place of those before.
+        stack: the buffers as one, if they are: see `KeyValueStore.stack`.
     """
 
     def __init__(self, count: int, most: int, grows: bool = False):
         self.count, self.most, self._grows = count, most, grows
         self.capacity = min(LEAST - 1, most) if grows else most
         self.version = 0
+        self.stack: Tensor | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._used = [0] * count
         self._begins: dict[int, KeyValueStore] = {}
@@ -80,6 +82,17 @@ class Slots:
             )
         return self._layers[layer]
 
+    def stack_like(self, new: Tensor) -> Tensor:
+        """`stack`, for (2 x layers, any, heads, any, head_dim); what there is of buffers goes into it."""
+        if self.stack is None:
+            self._hold(stacked(self._layers, new, self.count, self.capacity))
+        assert self.stack is not None
+        return self.stack
+
+    def _hold(self, stack: Tensor) -> None:
+        self.stack, self._layers = stack, by_layer(stack)
+        self.version += 1
+
     def fit(self) -> None:
         """Let buffers have the size that requests need, and what slots begin with; between two forwards only."""
         self._resize()
@@ -96,6 +109,9 @@ class Slots:
         if self._grows and (fits > self.capacity or 4 * needed <= self.capacity + 1):
             kept = min(fits, self.capacity)
             self.capacity = fits
+            if self.stack is not None:
+                self._hold(self._moved(self.stack, kept))
+                return
             self._layers = {
                 layer: (self._moved(key, kept), self._moved(value, kept))
                 for layer, (key, value) in self._layers.items()
@@ -103,9 +119,8 @@ class Slots:
             self.version += 1
 
     def _moved(self, buffer: Tensor, kept: int) -> Tensor:
-        S, heads, _, size = buffer.shape
-        moved = buffer.new_zeros(S, heads, self.capacity + 1, size)
-        moved[:, :, :kept] = buffer[:, :, :kept]
+        moved = buffer.new_zeros(*buffer.shape[:-2], self.capacity + 1, buffer.shape[-1])
+        moved[..., :kept, :] = buffer[..., :kept, :]
         return moved
 
 
@@ -152,6 +167,14 @@ class _Part(_OfSlots):
         self._slots.buffers_of(layer, key, value)
         return self._layers[layer]
 
+    @property
+    def stack(self) -> Tensor | None:
+        whole = self._slots.stack
+        return None if whole is None else whole[:, self._chosen]
+
+    def _stack_like(self, new: Tensor) -> Tensor:
+        return self._slots.stack_like(new)[:, self._chosen]
+
 
 class _Scattered(_OfSlots):
     """Any others."""
@@ -161,8 +184,14 @@ class _Scattered(_OfSlots):
         self._chosen = chosen
 
     @property
+    def stack(self) -> Tensor | None:
+        whole = self._slots.stack
+        return None if whole is None else whole.index_select(1, self._chosen.to(whole.device))
+
+    @property
     def _layers(self) -> dict[int, tuple[Tensor, Tensor]]:  # type: ignore[override]
-        return {layer: self._read(layer) for layer in self._slots._layers}
+        whole = self.stack
+        return {layer: self._read(layer) for layer in self._slots._layers} if whole is None else by_layer(whole)
 
     def _read(self, layer: int) -> tuple[Tensor, Tensor]:
         key, value = self._slots._layers[layer]
@@ -174,7 +203,10 @@ class _Scattered(_OfSlots):
 
     def write(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> None:
         for buffer, new in zip(self._slots.buffers_of(layer, key, value), (key, value), strict=True):
-            scatter(buffer, new, ranks, self._chosen.to(buffer.device))
+            scatter(buffer[None], new[None], ranks, self._chosen.to(buffer.device))
+
+    def write_all(self, new: Tensor, ranks: Tensor, start: int | None) -> None:
+        scatter(self._slots.stack_like(new), new, ranks, self._chosen.to(new.device))
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class CompiledRows:
     often: int = 400
     """Forwards of the same sizes before they get a graph of their own: compiling it takes as long as it saves in so
     many, within a factor of two, for models of 0.1 to 1 billion parameters."""
-    most_fixed: int = 3
+    most_fixed: int = 4
     """Graphs of fixed sizes that are kept; the one used longest ago makes room."""
 
     def __init__(self, whole: ov.Model, is_gated: bool, compiled: Callable[[ov.Model], Any]):

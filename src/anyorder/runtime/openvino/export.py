@@ -115,7 +115,8 @@ class SlotReads:
 
 
 class _Forward(nn.Module):
-    """Rows of a decoder. Its model is no submodule: exporting takes time by the parameter, used or not."""
+    """Rows of a decoder: their hidden states, and the new keys and values of each layer by turns, as one if all layers
+    are alike. Its model is no submodule: exporting takes time by the parameter, used or not."""
 
     def __init__(self, model: AnyOrderPreTrainedModel):
         super().__init__()
@@ -136,7 +137,9 @@ class _Forward(nn.Module):
         reads = SlotReads(lo, hi, positions, gates, ranks.shape[1], slots, slot_positions, past)
         (model,) = self._model
         hidden = model.decode_from(embeds, positions, reads)
-        return hidden, *(part for layer in sorted(reads.new) for part in reads.new[layer])
+        parts = [part for layer in sorted(reads.new) for part in reads.new[layer]]
+        is_even = len({(part.shape[1], part.shape[3]) for part in parts}) == 1
+        return (hidden, torch.stack(parts)) if is_even else (hidden, *parts)
 
 
 class _Head(nn.Module):

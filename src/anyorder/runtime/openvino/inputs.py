@@ -31,7 +31,7 @@ def with_content(rows: Rows, spare: int) -> Rows:
 def inputs_of(
     model: AnyOrderPreTrainedModel, rows: Rows, key_positions: Tensor, store: KeyValueStore, count: int
 ) -> dict[str, Tensor]:
-    """Contiguous inputs by name, all but stored keys and values: see `export.INPUTS`.
+    """Inputs by name, all but stored keys and values: see `export.INPUTS`.
 
     Args:
         model: whose rows they are.
@@ -50,7 +50,7 @@ def inputs_of(
         "embeds": embeds.float(), "positions": rows.positions, "lo": rows.lo, "hi": rows.hi, "gates": rows.gates,
         "ranks": rows.ranks, "slots": slots, "slot_positions": positions,
     }  # fmt: skip
-    return {name: tensor.contiguous() for name, tensor in inputs.items()}
+    return inputs
 
 
 def _slots(rows: Rows, store: KeyValueStore, count: int) -> Tensor:

@@ -9,6 +9,7 @@ Shapes: B batch, R rows of a forward (C content rows first), K stored ranks, N p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -32,6 +33,8 @@ from anyorder.runtime.runner import ModelRunner, weights_of
 RANKS = 64
 """The store's ranks, the spare one included, are a multiple of it, and so is what is read of them: sizes that change
 with every step would have kernels made anew."""
+CLOSED = 24
+"""From so many closed rows on, those that a forward begins with get one of their own, without adapters."""
 MOST_SPARE = 512
 """Ranks that no row reads and a graph is given all the same."""
 
@@ -45,12 +48,24 @@ class _Requests:
     """Where the keys and values lie that a request reads, and how many ranks of them."""
     held: dict[Key, list[Tensor]] = field(default_factory=dict)
     """What those keys and values lie in: OpenVINO does not keep it."""
+    inputs: dict[Key, dict[str, Tensor]] = field(default_factory=dict)
+    """Where the other inputs lie that a request reads."""
 
     def keep(self, graphs: CompiledRows) -> None:
         """Let go of those whose graph is no longer kept."""
         for key in [key for key in self.made if key not in graphs]:
-            for table in (self.made, self.bound, self.held):
+            for table in (self.made, self.bound, self.held, self.inputs):
                 table.pop(key, None)
+
+    def set(self, key: Key, name: str, value: Tensor) -> None:
+        """An input of a request: written where the one before lay if it is as large, as telling OpenVINO of another
+        place takes longer."""
+        inputs = self.inputs.setdefault(key, {})
+        if name in inputs and inputs[name].shape == value.shape:
+            inputs[name].copy_(value)
+        else:
+            inputs[name] = value.clone(memory_format=torch.contiguous_format)
+            self.made[key].set_tensor(name, _shared(inputs[name]))
 
 
 class OpenVINORunner(ModelRunner):
@@ -63,6 +78,7 @@ class OpenVINORunner(ModelRunner):
     """
 
     follows_buffers = True
+    torch_threads = 1
 
     def __init__(self, model: AnyOrderPreTrainedModel, folder: Path, weights: str):
         self.model, self.weights = model, weights
@@ -109,21 +125,39 @@ class OpenVINORunner(ModelRunner):
             raise ValueError(f"the model's adapters were turned {state} since it was prepared for OpenVINO")
 
     def hidden(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
+        if self._is_gated and self.adapters_are_on and bool(rows.gates.any()):
+            count = rows.closed_start
+            if count >= CLOSED:
+                parts = (self._hidden(part, key_positions, store) for part in rows.split(count))
+                return torch.cat(list(parts), dim=1)
+        return self._hidden(rows, key_positions, store)
+
+    def _hidden(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
         padding = 0 if rows.content_count else 1
         if padding:
             rows = with_content(rows, store.capacity)
         is_open = self._is_gated and self.adapters_are_on and bool(rows.gates.any())
-        buffers = [part for pair in zip(*store.buffers, strict=True) for part in pair]
-        count = _count(int(rows.hi.max()), store.capacity) if buffers else 1
-        request = self._request(store, Sizes(is_open, len(rows.lo), rows.count, rows.content_count, count), buffers)
-        inputs = inputs_of(self.model, rows, key_positions, store, count)
-        for name, tensor in inputs.items():
-            request.set_tensor(name, _shared(tensor))
+        stack = store.stack
+        if stack is None:
+            buffers: Sequence[Tensor] = [part for pair in zip(*store.buffers, strict=True) for part in pair]
+            place: tuple[int, ...] = tuple(buffer.data_ptr() for buffer in buffers)
+        else:
+            buffers, place = stack.unbind(), (stack.data_ptr(),)
+        count = _count(int(rows.hi.max()), store.capacity) if place else 1
+        sizes = Sizes(is_open, len(rows.lo), rows.count, rows.content_count, count)
+        requests = self._requests.setdefault(store.whole, _Requests())
+        key = self._bound(requests, sizes, store.capacity, buffers, place)
+        request = requests.made[key]
+        for name, tensor in inputs_of(self.model, rows, key_positions, store, count).items():
+            requests.set(key, name, tensor)
         self.infer(request)
         hidden, *new = (torch.from_numpy(output.data) for output in request.output_tensors)
         start = common_start(rows.ranks, store.capacity)
-        for layer in range(len(new) // 2):
-            store.write(layer, new[2 * layer], new[2 * layer + 1], rows.ranks, start)
+        if len(new) == 1:
+            store.write_all(new[0], rows.ranks, start)
+        else:
+            for layer in range(len(new) // 2):
+                store.write(layer, new[2 * layer], new[2 * layer + 1], rows.ranks, start)
         return hidden[:, padding:].clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -166,33 +200,36 @@ class OpenVINORunner(ModelRunner):
         """OpenVINO's own part of a step."""
         request.infer()
 
-    def _request(self, store: KeyValueStore, sizes: Sizes, buffers: list[Tensor]) -> Any:
-        """What executes a forward, with stored keys and values for its input.
+    def _bound(
+        self, requests: _Requests, sizes: Sizes, capacity: int, buffers: Sequence[Tensor], place: tuple[int, ...]
+    ) -> Key:
+        """Which of the requests executes a forward; it is made, and is given stored keys and values for its input.
 
         Args:
-            store: of the run.
+            requests: over the store.
             sizes: of the forward.
+            capacity: of the store.
             buffers: of the store, keys and values of each layer by turns; none before its first forward.
+            place: where they lie.
         """
-        requests = self._requests.setdefault(store.whole, _Requests())
         key, graph = self.graphs.graph_for(sizes)
         if key not in requests.made:
             requests.keep(self.graphs)
             requests.made[key] = graph.create_infer_request()
-        request, count = requests.made[key], sizes.stored
-        bound = (sizes.batch, count, *(buffer.data_ptr() for buffer in buffers))
-        if requests.bound.get(key) == bound and (not buffers or count > store.capacity):
-            return request
-        if buffers:
+        count = sizes.stored
+        bound = (sizes.batch, count, *place)
+        if requests.bound.get(key) == bound and (not place or count > capacity):
+            return key
+        if place:
             parts = [buffer[:, :, :count].contiguous() for buffer in buffers]
         else:
             parts = [torch.zeros(sizes.batch, heads, 1, size) for pair in self._sizes for heads, size in pair]
         requests.held[key] = parts
         names = [name for layer in range(len(self._sizes)) for name in (f"key.{layer}", f"value.{layer}")]
         for name, part in zip(names, parts, strict=True):
-            request.set_tensor(name, _shared(part))
+            requests.made[key].set_tensor(name, _shared(part))
         requests.bound[key] = bound
-        return request
+        return key
 
     def _compiled(self, graph: ov.Model) -> Any:
         return self._core.compile_model(graph, "CPU", self._properties)
