@@ -49,6 +49,12 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="default: 5, interleaved; medians")
+    parser.add_argument(
+        "--warm-up",
+        type=float,
+        default=20.0,
+        help="seconds of each decoder before, for what engines compile; default: 20",
+    )
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     options = parser.parse_args()
     model, _ = load(options.model, dtype=getattr(torch, options.dtype))
@@ -61,6 +67,9 @@ def main() -> None:
         decoders[name] = _ours(model, prompt, name, options, runner)
     for decode in decoders.values():
         decode()
+        ready = perf_counter()
+        while not is_eager and perf_counter() < ready + options.warm_up:
+            decode()
     parts = {} if is_eager else _timed(runner)
     walls: dict[str, list[float]] = {name: [] for name in decoders}
     for _ in range(options.rounds):

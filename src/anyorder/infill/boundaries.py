@@ -101,7 +101,8 @@ class FillAutomaton:
         self._steps = torch.cat([steps, opening[None], word[None]])  # (S, V)
         closing = ~tokens.ends_blank if edges.ends else torch.ones_like(allowed)
         self._closes = (self._steps == WHOLE) & closing
-        self._leads = torch.stack([(self._steps == state).any(dim=1) for state in range(len(self._steps))], dim=1)
+        led = torch.zeros(len(self._steps), len(self._steps) + 1, dtype=torch.bool)  # the first column is of the dead
+        self._leads = led.scatter_(1, (self._steps - DEAD).long(), True)[:, 1:]
         at_end = torch.zeros(len(self._steps), dtype=torch.bool)
         at_end[WHOLE] = True
         self._ending = [at_end, self._closes.any(dim=1)]  # number r: the states that can end in exactly r tokens
