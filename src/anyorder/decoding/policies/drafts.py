@@ -207,8 +207,9 @@ def _drafts(run: Run, used: Tensor, drawn: Drawn) -> Drafts:
     tokens[used] = drawn.token
     probs = None
     if run.drawer.sampler.do_sample:
-        probs = drawn.processed.new_zeros(*used.shape, drawn.processed.shape[1])
-        probs[used.to(probs.device)] = drawn.processed.softmax(dim=-1)
+        processed = drawn.processed
+        probs = processed.new_zeros(*used.shape, processed.shape[1])
+        probs[used.to(probs.device)] = processed.softmax(dim=-1)
     return Drafts(tokens, used.sum(dim=1), probs).trimmed()
 
 

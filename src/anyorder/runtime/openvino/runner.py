@@ -9,7 +9,6 @@ Shapes: B batch, R rows of a forward (C content rows first), K stored ranks, N p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -125,28 +124,26 @@ class OpenVINORunner(ModelRunner):
             raise ValueError(f"the model's adapters were turned {state} since it was prepared for OpenVINO")
 
     def hidden(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
-        if self._is_gated and self.adapters_are_on and bool(rows.gates.any()):
-            count = rows.closed_start
-            if count >= CLOSED:
-                parts = (self._hidden(part, key_positions, store) for part in rows.split(count))
-                return torch.cat(list(parts), dim=1)
-        return self._hidden(rows, key_positions, store)
+        count = rows.closed_start if self._is_open(rows) else 0
+        if count < CLOSED:
+            return self._hidden(rows, key_positions, store)
+        return torch.cat([self._hidden(part, key_positions, store) for part in rows.split(count)], dim=1)
+
+    def _is_open(self, rows: Rows) -> bool:
+        """Whether adapters that act where gates are open have anything to act on."""
+        return self._is_gated and self.adapters_are_on and bool(rows.gates.any())
 
     def _hidden(self, rows: Rows, key_positions: Tensor, store: KeyValueStore) -> Tensor:
         padding = 0 if rows.content_count else 1
         if padding:
             rows = with_content(rows, store.capacity)
-        is_open = self._is_gated and self.adapters_are_on and bool(rows.gates.any())
-        stack = store.stack
-        if stack is None:
-            buffers: Sequence[Tensor] = [part for pair in zip(*store.buffers, strict=True) for part in pair]
-            place: tuple[int, ...] = tuple(buffer.data_ptr() for buffer in buffers)
-        else:
-            buffers, place = stack.unbind(), (stack.data_ptr(),)
-        count = _count(int(rows.hi.max()), store.capacity) if place else 1
-        sizes = Sizes(is_open, len(rows.lo), rows.count, rows.content_count, count)
+        buffers: Tensor | list[Tensor] | None = store.stack
+        if buffers is None:
+            buffers = [part for pair in zip(*store.buffers, strict=True) for part in pair]
+        count = _count(int(rows.hi.max()), store.capacity) if len(buffers) else 1
+        sizes = Sizes(self._is_open(rows), len(rows.lo), rows.count, rows.content_count, count)
         requests = self._requests.setdefault(store.whole, _Requests())
-        key = self._bound(requests, sizes, store.capacity, buffers, place)
+        key = self._bound(requests, sizes, store.capacity, buffers)
         request = requests.made[key]
         for name, tensor in inputs_of(self.model, rows, key_positions, store, count).items():
             requests.set(key, name, tensor)
@@ -200,9 +197,7 @@ class OpenVINORunner(ModelRunner):
         """OpenVINO's own part of a step."""
         request.infer()
 
-    def _bound(
-        self, requests: _Requests, sizes: Sizes, capacity: int, buffers: Sequence[Tensor], place: tuple[int, ...]
-    ) -> Key:
+    def _bound(self, requests: _Requests, sizes: Sizes, capacity: int, buffers: Tensor | list[Tensor]) -> Key:
         """Which of the requests executes a forward; it is made, and is given stored keys and values for its input.
 
         Args:
@@ -210,17 +205,17 @@ class OpenVINORunner(ModelRunner):
             sizes: of the forward.
             capacity: of the store.
             buffers: of the store, keys and values of each layer by turns; none before its first forward.
-            place: where they lie.
         """
         key, graph = self.graphs.graph_for(sizes)
         if key not in requests.made:
             requests.keep(self.graphs)
             requests.made[key] = graph.create_infer_request()
         count = sizes.stored
-        bound = (sizes.batch, count, *place)
-        if requests.bound.get(key) == bound and (not place or count > capacity):
+        places = [buffers] if isinstance(buffers, Tensor) else buffers
+        bound = (sizes.batch, count, *(one.data_ptr() for one in places))
+        if requests.bound.get(key) == bound and (not places or count > capacity):
             return key
-        if place:
+        if places:
             parts = [buffer[:, :, :count].contiguous() for buffer in buffers]
         else:
             parts = [torch.zeros(sizes.batch, heads, 1, size) for pair in self._sizes for heads, size in pair]
