@@ -108,14 +108,13 @@ def passes(
                 [Factorization.left_to_right(len(t), drafts + 1, given=min(1 + shift, len(t) - 1)) for t in some]
             )
             found = model.predictions(ids, order, taught=True)
-            assert found.taught is not None
-            assert found.teacher is not None
-            columns = torch.arange(ids.shape[1]).expand_as(ids)[found.where][found.taught]
+            assert found.base is not None
+            columns = torch.arange(ids.shape[1]).expand_as(ids)[found.where][found.base.which]
             place = (columns - 1 - shift) % (drafts + 1)
-            states = found.drafts if from_state else found.hidden[found.taught]
+            states = found.drafts if from_state else found.hidden[found.base.which]
             assert states is not None
             q = model.predictor.logits(states).softmax(-1)
-            p = model.predictor.logits(found.teacher).softmax(-1)
+            p = model.predictor.logits(found.base.hidden).softmax(-1)
             for k in range(1, drafts + 1):
                 own = place == k
                 sums[0, k - 1] += float(torch.minimum(p[own], q[own]).sum())

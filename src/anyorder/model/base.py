@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from anyorder.core.factorization import Factorization
+from anyorder.core.factorization import ABSENT, Factorization
 from anyorder.core.layout import Layout, Rows, lay_out
 from anyorder.core.validation import fitting_ids, left_to_right
 from anyorder.model import adapters, attention
@@ -26,7 +26,7 @@ from anyorder.model.compatibility import check_config, check_model, context_leng
 from anyorder.model.configuration import AnyOrderConfig
 from anyorder.model.coupling import Coupling, GroupCoupling
 from anyorder.model.kv_cache import KeyValueStore
-from anyorder.model.lm_head import Predictions, Predictor
+from anyorder.model.lm_head import Predictions, Predictor, Teacher
 
 
 @dataclasses.dataclass
@@ -213,7 +213,7 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         Args:
             input_ids: (B, T) int64.
             factorization: of the same shape.
-            taught: with those of the base model's own rows, where there are any: the base must be frozen.
+            taught: with their teachers, see `forward`: the base must be frozen.
         """
         ids = self.check_input(input_ids, factorization)
         layout = lay_out(ids, factorization, self.recipe)
@@ -236,9 +236,32 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
             firsts = states(row[has], layout.group_starts[predicted][has] - 1)
             found = self._coupled(found, ids, layout, has, firsts)
         if taught:
-            teacher = states(row[has], own[has]).detach()
-            found = dataclasses.replace(found, taught=has.to(hidden.device), teacher=teacher)
+            base = Teacher(has.to(hidden.device), states(row[has], own[has]).detach())
+            later = (layout.earlier(1)[1] > 0)[..., 0]
+            later[predicted] &= ~has
+            itself = (
+                self._itself(input_ids, factorization, later) if self.coupling is not None and later.any() else None
+            )
+            found = dataclasses.replace(found, base=base, itself=itself)
         return found
+
+    @torch.no_grad()
+    def _itself(self, input_ids: Tensor, factorization: Factorization, chosen: Tensor) -> Teacher:
+        """The model's own rows for the chosen tokens in the same order, each token a group of its own.
+
+        Args:
+            input_ids: (B, T) int64.
+            factorization: of the same shape.
+            chosen: (B, T) bool; of a document in which nothing is chosen, only what is given takes part.
+        """
+        singles, documents = factorization.regroup(1), factorization.documents
+        rows = torch.arange(len(documents), device=documents.device)[:, None]
+        documents = documents + rows * (documents.max() + 1)
+        idle = singles.is_predicted & ~torch.isin(documents, documents[chosen])
+        order = Factorization(singles.group_ids.masked_fill(idle, ABSENT), factorization.documents)
+        found = self.predictions(input_ids, order)
+        which = chosen[singles.is_predicted].to(found.hidden.device)
+        return Teacher(which, found.hidden[chosen[order.is_predicted].to(found.hidden.device)])
 
     @property
     def _has_base_rows(self) -> bool:
@@ -326,9 +349,11 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
             num_items_in_batch: what the sum of the losses is divided by, where a step is many forwards; None: the
                 number of labelled predicted positions (as Trainer expects).
             loss_only: with labels, leave out the logits; always so in training.
-            taught: with labels, the loss of a prediction is how far it is from the base model's own of the same token
-                given the same text, KL(base || model) in nats, wherever a gated adapter leaves the base model's row in
-                the forward: in groups from left to right. `token_losses` stay what they are.
+            taught: with labels, the loss of a prediction is how far it is, KL(teacher || model) in nats, from what is
+                predicted of the same token given the same text and the members of its group before it: by the base
+                model, wherever a gated adapter leaves its row in the forward, which is in groups from left to right;
+                elsewhere, for a coupled model, by the model itself in a forward of the same order one token at a time,
+                without gradient. First members have their own loss. `token_losses` stay what they are.
             return_dict: False gives the output's values as a tuple, as in transformers.
             use_cache: without effect: all rows of the forward are computed in it, nothing is kept for another.
             past_key_values: must be None.

@@ -74,6 +74,16 @@ def logits_of(causal_lm: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """Rows that predict tokens given more than the rows that are to learn from them see."""
+
+    which: Tensor
+    """(N,) bool: the predictions that it teaches."""
+    hidden: Tensor
+    """(K, E) its hidden states for these, in their order."""
+
+
+@dataclass(frozen=True)
 class Predictions:
     """Hidden states of the rows of one forward that predict something."""
 
@@ -81,12 +91,13 @@ class Predictions:
     """(N, E), row by row of the batch, column by column."""
     where: Tensor
     """(B, T) bool on the same device: which tokens they predict."""
-    taught: Tensor | None = None
-    """(N,) bool: those for which the base model's own row is in the same forward; None: not looked for."""
-    teacher: Tensor | None = None
-    """(K, E) hidden states of those rows, in their order."""
+    base: Teacher | None = None
+    """The base model's own rows in the same forward; None: not looked for."""
+    itself: Teacher | None = None
+    """Of others: the model's own rows in the same order one token at a time; None: not looked for."""
     drafts: Tensor | None = None
-    """(K, E): what drafts the same tokens from the row of the first member of their groups; None: nothing does."""
+    """(K, E): what drafts the tokens that `base` teaches from the row of the first member of their groups; None:
+    nothing does."""
 
     def spread(self, values: Tensor) -> Tensor:
         """(B, T, ...): (N, ...) values where they belong, 0 elsewhere."""
@@ -117,20 +128,22 @@ class Predictor:
     def distilled(self, found: Predictions, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What is trained on, and the losses: both (N,) float32, in nats, 0 where the target is -100.
 
-        A prediction that is taught is trained on KL(base || model): one token is a sample of the distribution that the
-        base model's own row has whole; what drafts the same token is trained on its own distance beside it. Every
-        other prediction is trained on its loss. The head must be frozen.
+        A prediction that has a teacher is trained on KL(teacher || model): one token is a sample of the distribution
+        that the teacher has whole; what drafts the same token is trained on its own distance beside it. Every other
+        prediction is trained on its loss. The head must be frozen.
         """
-        if found.taught is None or found.teacher is None:
-            losses = self.losses(found, targets)
-            return losses, losses.detach()
-        ids, taught = targets.to(found.hidden.device)[found.where], found.taught
-        alone = negative_log_likelihoods(self.causal_lm, found.hidden[~taught], ids[~taught])
-        students = [found.hidden[taught]] + ([] if found.drafts is None else [found.drafts])
-        apart, losses = _divergences(self.causal_lm, students, ids[taught], found.teacher)
-        trained, reported = alone.new_zeros(len(ids)), alone.new_zeros(len(ids))
-        trained = trained.index_put((~taught,), alone).index_put((taught,), apart)
-        reported[~taught], reported[taught] = alone.detach(), losses
+        ids = targets.to(found.hidden.device)[found.where]
+        trained, reported = found.hidden.new_zeros(2, len(ids), dtype=torch.float32).unbind()
+        alone = torch.ones_like(ids, dtype=torch.bool)
+        for teacher, drafts in ((found.base, found.drafts), (found.itself, None)):
+            if teacher is None:
+                continue
+            students = [found.hidden[teacher.which]] + ([] if drafts is None else [drafts])
+            apart, losses = _divergences(self.causal_lm, students, ids[teacher.which], teacher.hidden)
+            trained, reported[teacher.which] = trained.index_put((teacher.which,), apart), losses
+            alone &= ~teacher.which
+        losses = negative_log_likelihoods(self.causal_lm, found.hidden[alone], ids[alone])
+        trained, reported[alone] = trained.index_put((alone,), losses), losses.detach()
         return trained, reported
 
     def log_probs(self, found: Predictions, targets: Tensor) -> Tensor:
