@@ -16,14 +16,14 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from anyorder import AnyOrderForCausalLM, Factorization, load
 from anyorder.evaluation.baselines.diffusion_bound import negative_elbo
 from anyorder.evaluation.baselines.masked_diffusion import MaskedDiffusionLM
 from anyorder.evaluation.baselines.noise import largest_group
-from anyorder.hub.resolve import resolve
 from anyorder.infill.pieces import Pieces
+from anyorder.loading import saved_type
 
 BLANK = 2  # the third sentence
 SAMPLES = 8
@@ -56,7 +56,7 @@ Model = AnyOrderForCausalLM | MaskedDiffusionLM
 
 def load_any(name: str, dtype: torch.dtype) -> tuple[Model, PreTrainedTokenizerBase]:
     """A model of either objective and its tokenizer."""
-    if AutoConfig.from_pretrained(resolve(name)).model_type == MaskedDiffusionLM.config_class.model_type:
+    if saved_type(name) == MaskedDiffusionLM.config_class.model_type:
         return load(name, model_class=MaskedDiffusionLM, dtype=dtype)
     return load(name, dtype=dtype)
 

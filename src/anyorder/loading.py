@@ -61,8 +61,8 @@ def load(
     check_engine(engine, weights)
     location = resolve(name_or_path)
     check_reachable(name_or_path, location, kwargs)
+    config = _config(name_or_path, location, hub_arguments(kwargs))
     try:
-        config = AutoConfig.from_pretrained(location, **hub_arguments(kwargs))
         tokenizer = _load_tokenizer(location, config, base_model, hub_arguments(kwargs))
     except (OSError, ValueError) as error:
         raise cannot_load(name_or_path, error) from error
@@ -86,6 +86,24 @@ def load(
     model.eval()
     prefer(model, engine, weights)
     return model, tokenizer
+
+
+def saved_type(name_or_path: str) -> str:
+    """The `model_type` of what is at a name, which tells a converted model's class.
+
+    Raises:
+        ValueError: if there is nothing.
+    """
+    location = resolve(name_or_path)
+    check_reachable(name_or_path, location, {})
+    return str(_config(name_or_path, location, {}).model_type)
+
+
+def _config(name: str, location: str, options: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(location, **options)
+    except (OSError, ValueError) as error:
+        raise cannot_load(name, error) from error
 
 
 def _check_adapter(name: str, config: AnyOrderConfig, wanted: Any) -> None:

@@ -57,7 +57,7 @@ def load_model(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCau
     return model.to(device), tokenizer
 
 
-def load_ready(options: argparse.Namespace) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
+def load_ready(options: argparse.Namespace, **more: Any) -> tuple[AnyOrderForCausalLM, PreTrainedTokenizerBase]:
     """As `load_model`, the model made ready for --engine and --weights, which run its steps from then on.
 
     Raises:
@@ -66,7 +66,7 @@ def load_ready(options: argparse.Namespace) -> tuple[AnyOrderForCausalLM, PreTra
     from anyorder.runtime.engines import check_engine, prefer
 
     check_engine(options.engine, options.weights)
-    model, tokenizer = load_model(options)
+    model, tokenizer = load_model(options, **more)
     prefer(model, options.engine, options.weights)
     return model, tokenizer
 

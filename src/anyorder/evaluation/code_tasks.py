@@ -45,6 +45,7 @@ class Line:
 class LineInfilling(Task):
     """One line, by the means of a subclass."""
 
+    of_controls = False
     source, file = "loubnabnl/humaneval_infilling:HumanEval-SingleLineInfilling:test", "HumanEval-SingleLineInfilling"
     metrics: ClassVar[dict[str, Metric]] = {
         "exact_match": Metric("exact_match"),

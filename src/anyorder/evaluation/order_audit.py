@@ -37,6 +37,7 @@ class DocumentTask(Task):
         longest: tokens of a document that are read at most.
     """
 
+    of_controls = False
     source, file = documents.SOURCE, documents.FILE
     longest: ClassVar[int] = 128
 

@@ -2,13 +2,15 @@
 answers.
 
 A question is a text in pieces of which some are given, some predicted and the others absent. This module knows tokens
-and factorizations; what questions mean is the tasks' business.
+and factorizations; what questions mean is the tasks' business. `write` and `answer` are generic functions: models that
+are no any-order models, the controls, are asked in ways of their own, which register here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -94,6 +96,7 @@ class Written:
     """In which they were committed."""
 
 
+@singledispatch
 def write(model: AnyOrderForCausalLM, questions: Sequence[Question], policy: Policy, **drawing: Any) -> list[Written]:
     """Fill each question's targets under a policy, in one batch; ends are tokens like others.
 
@@ -117,6 +120,7 @@ def fill(model: AnyOrderForCausalLM, questions: Sequence[Question], policy: Poli
     return [one.ids for one in write(model, questions, policy, do_sample=False)]
 
 
+@singledispatch
 def answer(
     model: AnyOrderForCausalLM, questions: Sequence[Question], group_size: int = 1, tokens_at_once: int = TOKENS_AT_ONCE
 ) -> list[float]:

@@ -62,7 +62,7 @@ def _at_least_two(positive: Callable[[str], int], text: str) -> int:
     return value
 
 
-Load = Callable[[argparse.Namespace], tuple[Any, Any]]
+Load = Callable[..., tuple[Any, Any]]
 
 
 def run(options: argparse.Namespace, load: Load, load_judge: Load) -> None:
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, load: Load, load_judge: Load) -> None:
 
     Args:
         options: parsed from `add_options`.
-        load: loads the converted model that the options name, and its tokenizer.
+        load: loads the converted model that the options name, and its tokenizer; takes a class that it is of, too.
         load_judge: the same of the judge, if they name one.
 
     Raises:
@@ -104,10 +104,11 @@ def run(options: argparse.Namespace, load: Load, load_judge: Load) -> None:
         one.check(policy)
     read = {task.name: _read(task, options) for task in tasks}
     items = {task.name: [task.item(record) for record in read[task.name][0]] for task in tasks}
+    own = _control(options, tasks, policy)
     settings = _settings(options, {name: fingerprint for name, (_, fingerprint) in read.items()})
     written = results.Results(options.out, settings)
     judge = None if options.judge is None else partial(load_judge, options)
-    _evaluate(options, tasks, items, written, partial(_subject, options, policy, load, judge))
+    _evaluate(options, tasks, items, written, partial(_subject, options, policy, load, judge, own))
     report = written.report({task.name: task.metrics for task in tasks})
     print(json.dumps(report) if options.json else results.table(report))
 
@@ -152,10 +153,22 @@ def _settings(options: argparse.Namespace, data: dict[str, str]) -> dict[str, An
     return settings | {"data": data}
 
 
-def _subject(options: argparse.Namespace, policy: Any, load: Load, judge: Any) -> Any:
+def _control(options: argparse.Namespace, tasks: list[Any], policy: Any) -> dict[str, Any]:
+    """How a model that is a control is loaded; ValueError for what it cannot be asked."""
+    from anyorder.evaluation.baselines import diffusion_questions
+    from anyorder.evaluation.baselines.masked_diffusion import MaskedDiffusionLM
+    from anyorder.loading import saved_type
+
+    if saved_type(options.model) != MaskedDiffusionLM.config_class.model_type:
+        return {}
+    diffusion_questions.check(tasks, policy, options.engine)
+    return {"model_class": MaskedDiffusionLM}
+
+
+def _subject(options: argparse.Namespace, policy: Any, load: Load, judge: Any, own: dict[str, Any]) -> Any:
     from anyorder.evaluation.task import Subject
 
-    model, tokenizer = load(options)
+    model, tokenizer = load(options, **own)
     if options.uncoupled:
         if model.coupling is None:
             raise ValueError(f"--uncoupled takes a coupling away, and {options.model} has none: leave it out")

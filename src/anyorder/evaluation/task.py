@@ -51,7 +51,7 @@ class Subject:
     """What is evaluated: a model, and how it decodes and scores.
 
     Args:
-        model: a converted model.
+        model: a converted model; a masked diffusion model for tasks that are `of_controls`.
         tokenizer: the base model's.
         policy: of what is generated.
         group_size: of what is scored, from left to right.
@@ -97,8 +97,10 @@ class Task(ABC):
         source: where its records are on the hub, as owner/name:config:split; None: nowhere that is free to read.
         file: of local records, by name without its endings, in a data directory.
         metrics: by name.
+        of_controls: whether a masked diffusion model can be asked: by `questions.answer` and `questions.write` alone.
     """
 
+    of_controls: ClassVar[bool] = True
     name: ClassVar[str]
     about: ClassVar[str]
     source: ClassVar[str | None]
