@@ -3,7 +3,9 @@
     python benchmarks/coupling.py --stories rocstories_valid.jsonl.gz --model smollm2-135m-anyorder --limit 300
 
 Nats a token of whole stories in groups of 1, 2, 4 and 8, from left to right and in random order (`--random-skip` other
-stories), with the model's coupling and without it: each is the model's own exact likelihood.
+stories), with the model's coupling and without it: each is the model's own exact likelihood. `--ranks` cuts the
+coupling's delta to so many columns (of the product of its last two layers the greatest singular values are kept;
+nothing is trained again, so this is at most what a network of that rank would lose).
 
 Drafts are measured on the stories as they stand: from every place, a group of `--drafts` + 1, of which the first is
 the base's own. A draft passes with probability sum_x min(p(x), q(x)) at temperature 1, p being the base's distribution
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="stories, from the first; default: 300")
     parser.add_argument("--random-skip", type=int, default=1000, help="where those in random order begin")
     parser.add_argument("--random-limit", type=int, default=100, help="how many of them; default: 100")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[], help="of the delta, measured in groups of 4")
     parser.add_argument("--drafts", type=int, default=5, help="default: 5")
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="one object a model")
@@ -46,6 +49,10 @@ def main() -> None:
         model, tokenizer = load(name, dtype=torch.float32)
         pieces = Pieces(tokenizer)
         report = measure(model, pieces, chosen, others, options.batch_size, options.drafts)
+        if options.ranks:
+            report["left to right, groups of 4, by rank"] = by_rank(
+                model, pieces, chosen, options.batch_size, options.ranks
+            )
         print(json.dumps({"model": name} | report) if options.json else describe(name, report), flush=True)
 
 
@@ -91,6 +98,29 @@ def nats(
         total -= float(model.log_likelihood(ids, order).double().sum())
         count += int(order.is_predicted.sum())
     return total / count
+
+
+@torch.no_grad()
+def by_rank(
+    model: AnyOrderForCausalLM, pieces: Pieces, stories: list[list[str]], batch: int, ranks: list[int]
+) -> dict[str, float]:
+    """Nats a token in groups of 4, by columns of the delta that are kept."""
+    if model.coupling is None:
+        raise SystemExit("--ranks: the model has no coupling")
+    up, down = model.coupling.up.weight, model.coupling.down.weight
+    whole = up.clone(), down.clone()
+    left, sizes, right = torch.linalg.svd(up.float() @ down.float(), full_matrices=False)
+    found = {}
+    for rank in sorted({*ranks, up.shape[1]}):
+        kept = min(rank, up.shape[1])
+        up.zero_()
+        down.zero_()
+        up[:, :kept] = left[:, :kept] * sizes[:kept]
+        down[:kept] = right[:kept]
+        found[str(kept)] = nats(model, pieces, stories, batch, 4, False)
+    up.copy_(whole[0])
+    down.copy_(whole[1])
+    return found
 
 
 @torch.no_grad()
