@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies
 from anyorder.model import gates
@@ -100,6 +101,26 @@ def test_closed_rows_cost_no_adapter(monkeypatch):
     assert seen.pop() == 0  # in training it takes part in every step
     model(IDS[:1], Factorization.left_to_right(14, 4))
     assert seen == [9]  # of 13 predictions 4 are free rows; the base has stood there
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [None, "gated", "lora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loaded_in_bfloat16_it_is_the_base_loaded_in_bfloat16(architecture, kind, tmp_path):
+    """Transformers keeps rotary frequencies in float32 whatever the weights: rounded, they turn far tokens wrongly."""
+    folders = tmp_path / "base", tmp_path / "ours"
+    base_model(architecture).save_pretrained(folders[0])
+    AnyOrderForCausalLM.from_causal_lm(str(folders[0]), adapter=kind).save_pretrained(folders[1])
+    base = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.bfloat16)
+    ours = AnyOrderForCausalLM.from_pretrained(folders[1], dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
+    buffers = dict(base.named_buffers())
+    assert {name for name, _ in ours.causal_lm.named_buffers()} == buffers.keys()
+    for name, buffer in ours.causal_lm.named_buffers():
+        assert buffer.dtype == buffers[name].dtype, name
+        assert torch.equal(buffer, buffers[name]), name
+    assert torch.equal(ours(IDS).logits, AnyOrderForCausalLM.from_causal_lm(base)(IDS).logits)
 
 
 @torch.no_grad()

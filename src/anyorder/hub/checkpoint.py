@@ -173,6 +173,7 @@ def load_adapted(cls: type[Model], source: Any, config: AnyOrderConfig, base_mod
         adapters.check_fingerprint(causal_lm, origin.get("fingerprint", {}), str(name))
     except ValueError as error:
         raise ValueError(f"{error}{way_out(name)}") from None
+    own = {id(parameter) for parameter in causal_lm.parameters()}
     with left_as_it_was_if_refused(causal_lm):
         model = convert(cls, causal_lm, config.recipe, adapters.Adapter.from_dict(config.adapter), attention)
         if config.coupling is not None:
@@ -180,7 +181,10 @@ def load_adapted(cls: type[Model], source: Any, config: AnyOrderConfig, base_mod
         read_weights(model, files.__getitem__)
     model.config.base = config.base
     model.config.length_prior = config.length_prior
-    model = model.to(causal_lm.dtype).eval()
+    for parameter in model.parameters():  # not the whole model: buffers of the base may be kept in float32
+        if id(parameter) not in own:
+            parameter.data = parameter.data.to(causal_lm.dtype)
+    model.eval()
     if quantization is not None:
         adapters.quantise_base(model.causal_lm, quantization)
     return model
