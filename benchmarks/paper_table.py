@@ -75,15 +75,16 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true", help="write the table from the results that are there")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
-    if not options.report_only:
-        if not (options.data_dir and options.work):
-            parser.error("a table needs --data-dir and --work (or --report-only)")
-        if options.runs is None and (homeless := [name for name in options.rows if ROWS[name].model is None]):
-            parser.error(f"--runs: where {', '.join(homeless)} lie, as benchmarks/study.py --work has left them")
-        for name in options.rows:
-            evaluate(options, name)
-            write_page(options.results)
-    write_page(options.results)
+    if options.report_only:
+        write_page(options.results)
+        return
+    if not (options.data_dir and options.work):
+        parser.error("a table needs --data-dir and --work (or --report-only)")
+    if options.runs is None and (homeless := [name for name in options.rows if ROWS[name].model is None]):
+        parser.error(f"--runs: where {', '.join(homeless)} lie, as benchmarks/study.py --work has left them")
+    for name in options.rows:
+        evaluate(options, name)
+        write_page(options.results)
 
 
 def evaluate(options: argparse.Namespace, name: str) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,3 +152,22 @@ def backend(checkpoint: Path) -> Callable[..., Any]:
     from anyorder.evaluation.harness.lm_eval import AnyOrderLM
 
     return lambda **model_args: AnyOrderLM(**{"pretrained": str(checkpoint), "device": "cpu"} | model_args)
+
+
+@pytest.fixture
+def benchmark_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A script of benchmarks/ by name, with the commands that it runs as calls in this process."""
+    from anyorder.cli import main
+
+    def run(command: list[str], check: bool) -> None:
+        assert command[:3] == [sys.executable, "-m", "anyorder"]
+        assert check
+        assert main(command[3:]) == 0
+
+    def script(name: str) -> Any:
+        monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+        found = importlib.import_module(name)
+        monkeypatch.setattr(found.subprocess, "run", run)
+        return found
+
+    return script

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-from anyorder.cli import main
 from test_evaluation import data  # noqa: F401 - a fixture
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def script(monkeypatch, checkpoint):
-    """The script over a tiny model, with the commands that it runs as calls in this process."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    script = importlib.import_module("paper_table")
-
-    def run(command, check):
-        assert command[:3] == [sys.executable, "-m", "anyorder"]
-        assert check
-        assert main(command[3:]) == 0
-
-    monkeypatch.setattr(script.subprocess, "run", run)
+def script(benchmark_script, monkeypatch, checkpoint):
+    """The script over a tiny model."""
+    script = benchmark_script("paper_table")
     for name in ("base", "shipped", "shipped_4"):
         row = script.ROWS[name]
         monkeypatch.setitem(script.ROWS, name, script.Row(row.title, row.options, str(checkpoint), row.infills))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -13,24 +12,13 @@ import pytest
 pytest.importorskip("datasets", reason="training needs the train extra")
 pytest.importorskip("matplotlib", reason="training needs the train extra")
 
-from anyorder.cli import main
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def study(monkeypatch):
-    """The script, with the commands that it runs as calls in this process."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    script = importlib.import_module("study")
-
-    def run(command, check):
-        assert command[:3] == [sys.executable, "-m", "anyorder"]
-        assert check
-        assert main(command[3:]) == 0
-
-    monkeypatch.setattr(script.subprocess, "run", run)
-    return script
+def study(benchmark_script):
+    return benchmark_script("study")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,7 +8,7 @@ are no any-order models, the controls, are asked in ways of their own, which reg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -133,6 +133,12 @@ def answer(
     return [float(one.log_probs.double().sum()) for one in found]
 
 
+def of_like_length(questions: Sequence[Question], tokens_at_once: int) -> Iterator[list[int]]:
+    """Numbers of the questions, in batches of at most so many tokens."""
+    in_order = sorted(range(len(questions)), key=lambda n: len(questions[n].ids))
+    return batches(in_order, lambda n: len(questions[n].ids), tokens_at_once, None)
+
+
 def asked_in(
     model: AnyOrderForCausalLM,
     questions: Sequence[Question],
@@ -144,8 +150,7 @@ def asked_in(
     Questions of like length share a forward of at most `tokens_at_once` tokens; no result depends on the others'.
     """
     found: dict[int, TeacherForced] = {}
-    in_order = sorted(range(len(questions)), key=lambda n: len(questions[n].ids))
-    for numbers in batches(in_order, lambda n: len(questions[n].ids), tokens_at_once, None):
+    for numbers in of_like_length(questions, tokens_at_once):
         ids = padded([questions[n].ids for n in numbers])
         said = teacher_forced(model, ids, Factorization.stack([orders[n] for n in numbers]))
         for row, n in enumerate(numbers):

@@ -7,7 +7,6 @@ Importing this module lets `questions.answer` and `questions.write` take such a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from anyorder.evaluation.baselines.diffusion_bound import negative_elbo
 from anyorder.evaluation.baselines.diffusion_sampling import ORDERS, fill
 from anyorder.evaluation.baselines.masked_diffusion import MaskedDiffusionLM
 from anyorder.evaluation.baselines.noise import generator_of
-from anyorder.evaluation.batches import batches, padded
-from anyorder.evaluation.questions import Question, Written, answer, write
+from anyorder.evaluation.batches import padded
+from anyorder.evaluation.questions import Question, Written, answer, of_like_length, write
 from anyorder.evaluation.task import Task
 from anyorder.scoring import TOKENS_AT_ONCE
 
@@ -48,8 +47,7 @@ def _(
     """Estimates of a lower bound of log P of each question's targets, in random order, `group_size` tokens a step; the
     masks of each are a function of its tokens."""
     found: dict[int, float] = {}
-    in_order = sorted(range(len(questions)), key=lambda n: len(questions[n].ids))
-    for numbers in batches(in_order, lambda n: len(questions[n].ids), tokens_at_once, None):
+    for numbers in of_like_length(questions, tokens_at_once):
         some = [questions[n] for n in numbers]
         ids, given, present = _asked(some)
         sources = [generator_of(torch.tensor(one.ids)) for one in some]
@@ -94,9 +92,9 @@ def _asked(questions: Sequence[Question]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _how(policy: Policy) -> tuple[str, int]:
     """The sampler's order and tokens a step; ValueError for a policy that is none of its own."""
-    if isinstance(policy, Dynamic) and policy.criterion in ORDERS:
-        plain = Dynamic(policy.criterion, policy.step_size)
-        if all(getattr(policy, field.name) == getattr(plain, field.name) for field in fields(Dynamic)):
+    if isinstance(policy, Dynamic):
+        plain = policy == Dynamic(policy.criterion, policy.step_size)
+        if plain and policy.criterion in ORDERS:
             return policy.criterion, policy.step_size or 1
     raise ValueError(
         f"a masked diffusion model fills in an order of its own, not by {policy!r}: --policy "
