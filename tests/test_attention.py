@@ -100,6 +100,17 @@ def test_large_masks_are_not_kept_and_small_ones_are_made_once(monkeypatch):
 
 
 @torch.no_grad()
+def test_the_mask_of_a_forward_in_one_block_is_made_once_for_all_layers(monkeypatch):
+    """As text from left to right is, or a step that verifies drafts: no query rows."""
+    model = converted("llama")
+    made = []
+    mask = attention.Reads._mask
+    monkeypatch.setattr(attention.Reads, "_mask", lambda self, *a: made.append(a) or mask(self, *a))
+    model(IDS, Factorization.left_to_right(T))
+    assert len(made) == 1
+
+
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -154,9 +154,9 @@ class Reads:
             block = rows, keys, self._mask(rows, keys, window, repeats, dtype, scratch)
             if made is not None:
                 made.append(block)
+                if len(made) == len(blocks):  # before the last is handed out: nobody may ask for another behind it
+                    self._kept[window, repeats, dtype] = made
             yield block
-        if made is not None:
-            self._kept[window, repeats, dtype] = made
 
     def _are_small(self, repeats: int) -> bool:
         """Whether the masks of all rows are worth keeping."""
