@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anyorder import AnyOrderForCausalLM, Factorization, policies
+from anyorder.decoding.policies.drafts import StateDrafts
+from anyorder.decoding.sampling import AllowedTokens
 from anyorder.model.coupling import Coupling
 from anyorder.model.reference import reference_logits
 from architectures import ARCHITECTURES, RECIPES, VOCABULARY, converted, couple, coupled, gated
@@ -117,11 +120,21 @@ def test_sampled_groups_are_distributed_as_they_are_scored(case):
     assert p_value(counts, alone * N) < 1e-6  # and the test would notice
 
 
+@pytest.fixture
+def few_are_drafted(monkeypatch):
+    """Drafts are made of two tokens alone."""
+    monkeypatch.setattr("anyorder.model.coupling.DRAFTED", 2)
+    monkeypatch.setattr("anyorder.runtime.runner._OF_CODES", WeakKeyDictionary())
+
+
 @pytest.mark.parametrize("greedy", [True, False])
 @pytest.mark.parametrize(
     ("architecture", "draft"), [("llama", "query"), ("llama", "state"), ("gemma2", "state"), ("llama", "auto")]
 )
-def test_coupled_drafts_change_no_distribution(architecture, draft, greedy):
+@pytest.mark.parametrize("drafted", ["all", "few"])
+def test_coupled_drafts_change_no_distribution(architecture, draft, greedy, drafted, request):
+    if drafted == "few":
+        request.getfixturevalue("few_are_drafted")
     model, plain = coupled(architecture, vocabulary=4), converted(architecture, vocabulary=4)
     order = Factorization.from_groups([[0, 3], [1, 2], [4, 5]])
     policy = policies.speculative(draft=draft, draft_length=3)
@@ -138,6 +151,34 @@ def test_coupled_drafts_change_no_distribution(architecture, draft, greedy):
     output = run(model, start, repeated(order, N), policy=policy, temperature=1.0, generator=generator(5))
     counts = torch.bincount((output.sequences[:, where] * 4 ** torch.arange(3, -1, -1)).sum(1), minlength=len(ids))
     assert p_value(counts, exact * N) > 0.01
+
+
+@pytest.mark.usefixtures("few_are_drafted")
+@pytest.mark.parametrize("draft", ["state", "auto"])
+def test_drafts_of_few_tokens_leave_the_others_to_constraints(draft, monkeypatch):
+    """Tokens that drafts are not made of are drawn nevertheless, also where nothing else is allowed."""
+    model, order = coupled("llama"), repeated(Factorization.left_to_right(T), 3)
+    widths = []
+    propose = StateDrafts.propose
+
+    def proposed(self, run, verified):
+        drafts = propose(self, run, verified)
+        widths.append(None if drafts.probs is None else drafts.probs.shape[2])
+        return drafts
+
+    monkeypatch.setattr(StateDrafts, "propose", proposed)
+    policy = policies.speculative(draft=draft, draft_length=3)
+    free = run(model, IDS, order, policy=policy, temperature=1.0, generator=generator(1))
+    assert int(free.sequences[:, 1:].max()) >= VOCABULARY // 4  # what drafts are made of here
+    assert set(widths) - {None} == {VOCABULARY // 4}
+    last = torch.arange(VOCABULARY) >= VOCABULARY - 5
+    allowed = AllowedTokens(last[None], torch.zeros(IDS.shape, dtype=torch.int64))
+    for settings in ({"temperature": 1.0, "generator": generator(1)}, {}):
+        output = run(model, IDS, order, policy=policy, allowed_tokens=allowed, **settings)
+        assert int(output.sequences[:, 1:].min()) >= VOCABULARY - 5
+    assert widths[-1] is None or widths[-1] == VOCABULARY
+    greedy = run(model, IDS, order.regroup(1), allowed_tokens=allowed)
+    assert torch.equal(output.sequences, greedy.sequences)
 
 
 def test_state_drafts_take_no_row_more_and_need_a_network():

@@ -60,7 +60,8 @@ class Drafts:
     counts: Tensor
     """(B,) int64: how many of them a row has; they are its first."""
     probs: Tensor | None
-    """(B, K, V) float32: what each token was drawn from; None: the guess is certain of itself, or decoding greedy."""
+    """(B, K, V') float32: what each token was drawn from, if only the first V' tokens could be; None: the guess is certain
+    of itself, or decoding greedy."""
 
     @classmethod
     def none(cls, rows: int) -> Drafts:
@@ -119,6 +120,12 @@ class Drawer:
     def looks_at_tokens(self) -> bool:
         """Whether what may be drawn somewhere depends on what was drawn elsewhere, so that a group is drawn in turn."""
         return self.blank_constraints is not None or self.logits_processor is not None
+
+    @property
+    def names_tokens(self) -> bool:
+        """Whether anything names tokens of the vocabulary, so that logits must be of all of them."""
+        said = self.sampler.allowed, self.sampler.repetition_penalty, self.told
+        return self.looks_at_tokens or self.records or any(thing is not None for thing in said)
 
     def processed(self, found: Evaluated, visible: Visible) -> Tensor:
         """(N, V) logits after the sampler's settings, which may look at the tokens that each prediction reads.
@@ -248,7 +255,9 @@ def _what_is_left(pi: Tensor, drafts: Drafts, row: Tensor, place: Tensor) -> Ten
     if drafts.probs is None:
         left = pi.scatter(1, drafts.tokens[row, place][:, None].to(pi.device), 0.0)
     else:
-        left = (pi - drafts.probs[row, place]).clamp(min=0)
+        left = pi.clone()
+        left[:, : drafts.probs.shape[2]] -= drafts.probs[row, place]
+        left.clamp_(min=0)
     return torch.where(left.sum(dim=1, keepdim=True) > 0, left, pi)  # pi == q, but for rounding
 
 

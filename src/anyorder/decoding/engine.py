@@ -261,11 +261,12 @@ class Run:
         """
         row, _ = queries.used.nonzero(as_tuple=True)
         states = self._rows_of(hidden, row, source[row])
-        nothing = torch.zeros(len(row), self.runner.model.vocabulary_size, device=states.device)
+        nothing = states.new_zeros(len(row), 0)
         found = Evaluated(row, queries.columns[queries.used], queries.hi[queries.used], nothing, states)
         visible = Visible(self.ids, self.tokens.ranks)
         uniform = uniforms[found.row, found.column]
-        return draw_in_turn(drafted_by(self.runner), self.drawer, found, uniform, visible, first)
+        vocabulary = self.runner.model.vocabulary_size if self.drawer.names_tokens else None
+        return draw_in_turn(drafted_by(self.runner, vocabulary), self.drawer, found, uniform, visible, first)
 
     def verify(self, found: Evaluated, queries: Queries, drafts: Drafts) -> tuple[Tensor, Tensor]:
         """(B,) how many drafts are accepted, and (B,) the token behind them: see `draw.Drawer`."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from anyorder.decoding.draw import Drawer, Evaluated, Visible
 from anyorder.decoding.sampling import token_log_probs
@@ -73,12 +74,18 @@ def coupled_by(runner: ModelRunner) -> Logits:
     return logits
 
 
-def drafted_by(runner: ModelRunner) -> Logits:
-    """Members have no row of their own: their hidden states are those of the rows of their groups' first."""
+UNLIKELY = -1e4
+"""Logit of what drafts are not made of, where it must be said: a number, for constraints may leave nothing else."""
+
+
+def drafted_by(runner: ModelRunner, vocabulary: int | None) -> Logits:
+    """Members have no row of their own: their hidden states are those of the rows of their groups' first. Their logits
+    are (N, V') of the first tokens alone, or of all of a vocabulary, where something names tokens."""
 
     def logits(found: Evaluated, tokens: Tensor, distances: Tensor) -> Tensor:
         assert found.hidden is not None
-        return runner.draft_logits(found.hidden, tokens, distances)
+        few = runner.draft_logits(found.hidden, tokens, distances)
+        return few if vocabulary is None else pad(few, (0, vocabulary - few.shape[1]), value=UNLIKELY)
 
     return logits
 

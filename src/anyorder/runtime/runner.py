@@ -82,7 +82,8 @@ class ModelRunner(ABC):
         return logits + product(code.to(of_codes.dtype), of_codes).float()
 
     def draft_logits(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
-        """(N, V) float32 logits of members, from (N, E) hidden states of the rows that predict their groups' first."""
+        """(N, V') float32 logits of members, from (N, E) hidden states of the rows that predict their groups' first: of
+        the first V' tokens, of which drafts are made (see `coupling.DRAFTED`)."""
         coupling = self.model.coupling
         assert coupling is not None
         assert coupling.drafts is not None

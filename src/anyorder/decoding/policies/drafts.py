@@ -189,7 +189,7 @@ def _together(proposals: list[Drafts], run: Run) -> Drafts:
         (row,), width = drafts.counts.nonzero(as_tuple=True), drafts.tokens.shape[1]
         tokens[row, :width], counts[row] = drafts.tokens[row], drafts.counts[row]
         if probs is not None and drafts.probs is not None:
-            probs[row.to(device), :width] = drafts.probs[row.to(device)]
+            probs[row.to(device), :width, : drafts.probs.shape[2]] = drafts.probs[row.to(device)]
         elif probs is not None:
             probs[row.to(device), :width] = torch.nn.functional.one_hot(drafts.tokens[row], probs.shape[2]).to(probs)
     return Drafts(tokens, counts, probs).trimmed()

@@ -171,7 +171,7 @@ class OpenVINORunner(ModelRunner):
         return self._of_members("drafts", hidden, members, distances)
 
     def _of_members(self, name: str, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
-        """(N, V) float32: see `export.exported_members`."""
+        """(N, V) float32, of drafts (N, V'): see `export.exported_members`."""
         coupling = self.model.coupling
         network = coupling.drafts if coupling is not None and name == "drafts" else coupling
         assert network is not None
@@ -181,8 +181,8 @@ class OpenVINORunner(ModelRunner):
         return self._logits(self._members[name], hidden, summed)
 
     def _logits(self, request: Any, *inputs: Tensor) -> Tensor:
-        """(N, V) float32 of a graph that makes logits of inputs with N rows each."""
-        logits = torch.empty(len(inputs[0]), self.model.vocabulary_size)
+        """(N, any) float32 of a graph that makes logits of inputs with N rows each."""
+        logits = torch.empty(len(inputs[0]), request.get_compiled_model().output(0).partial_shape[1].get_length())
         if not len(logits):
             return logits
         held = [one.float().contiguous() for one in inputs]
