@@ -173,8 +173,8 @@ def test_drafts_of_few_tokens_leave_the_others_to_constraints(draft, monkeypatch
     assert set(widths) - {None} == {VOCABULARY // 4}
     last = torch.arange(VOCABULARY) >= VOCABULARY - 5
     allowed = AllowedTokens(last[None], torch.zeros(IDS.shape, dtype=torch.int64))
-    for settings in ({"temperature": 1.0, "generator": generator(1)}, {}):
-        output = run(model, IDS, order, policy=policy, allowed_tokens=allowed, **settings)
+    for drawn in ({"temperature": 1.0, "generator": generator(1)}, {}):
+        output = run(model, IDS, order, policy=policy, allowed_tokens=allowed, **drawn)
         assert int(output.sequences[:, 1:].min()) >= VOCABULARY - 5
     assert widths[-1] is None or widths[-1] == VOCABULARY
     greedy = run(model, IDS, order.regroup(1), allowed_tokens=allowed)

@@ -184,7 +184,7 @@ def test_the_source_that_pays_best_is_taken_by_each_row_for_itself():
         asked = best.rows(order, none, wanted, worth)
         taken.append(best.chosen.tolist())
         assert (sum(queries.used.sum(1) for queries in asked) == 2 * best.chosen).all()  # none for n-grams
-        best.drafted_by, best.spent = best.chosen, 2 + best.asked
+        best.drafted_by, best.spent = best.chosen, best._price(torch.full((2,), 2))
         passed = torch.stack(
             [best.chosen[0] * 2, 1 - best.chosen[1]]
         )  # query drafts in the first row, others in the second
@@ -194,13 +194,14 @@ def test_the_source_that_pays_best_is_taken_by_each_row_for_itself():
     assert taken[-10:] == [[1, 0]] * 10
 
 
-def test_a_source_that_never_passes_pays_for_its_rows():
+@pytest.mark.parametrize(("row_cost", "gate_cost"), [(0.1, 0.0), (0.0, 0.5)])
+def test_a_source_that_never_passes_pays_for_its_rows(row_cost, gate_cost):
     """Left to itself, `auto` comes to rows that cost nothing where neither source is any good."""
-    best = drafts.BestDrafts([drafts.QueryDrafts(), drafts.NgramDrafts()], rows=1, row_cost=0.1)
+    best = drafts.BestDrafts([drafts.QueryDrafts(), drafts.NgramDrafts()], 1, row_cost, gate_cost)
     order = Queries(torch.arange(4)[None], torch.ones(1, 4, dtype=torch.bool), torch.arange(4)[None])
     for _ in range(40):
         best.rows(order, Drafts.none(1), torch.full((1,), 2), torch.ones(1, 1, dtype=torch.bool))
-        best.drafted_by, best.spent = best.chosen, best.asked
+        best.drafted_by, best.spent = best.chosen, best._price(torch.zeros(1, dtype=torch.int64))
         best._record(torch.zeros(1, dtype=torch.int64))
     assert best.chosen.tolist() == [1]
 

@@ -60,8 +60,8 @@ class Drafts:
     counts: Tensor
     """(B,) int64: how many of them a row has; they are its first."""
     probs: Tensor | None
-    """(B, K, V') float32: what each token was drawn from, if only the first V' tokens could be; None: the guess is certain
-    of itself, or decoding greedy."""
+    """(B, K, V') float32: what each token was drawn from, which may be the first V' tokens alone; None: the guess is
+    certain of itself, or decoding greedy."""
 
     @classmethod
     def none(cls, rows: int) -> Drafts:

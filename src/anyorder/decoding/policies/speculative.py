@@ -26,6 +26,7 @@ from anyorder.decoding.engine import Queries, Run, Scheduler, Step
 from anyorder.decoding.policies.base import Policy
 from anyorder.decoding.policies.drafts import (
     FREE_ROW_COST,
+    GATE_COST,
     ROW_COST,
     BestDrafts,
     DraftSource,
@@ -98,8 +99,11 @@ def _source(draft: str, run: Run) -> DraftSource:
     if draft != "auto":
         return SOURCES[draft]()
     sources = [kind() for name, kind in SOURCES.items() if name != "state" or _drafts_states(run)]
-    row_cost = ROW_COST.get(run.runner.model.query_embedding.device.type, FREE_ROW_COST)
-    return BestDrafts(sources, len(run.ids), row_cost)
+    model = run.runner.model
+    device = model.query_embedding.device.type
+    is_gated = (model.config.adapter or {}).get("kind") == "gated"
+    gate_cost = GATE_COST.get(device, 0.0) if is_gated else 0.0
+    return BestDrafts(sources, len(run.ids), ROW_COST.get(device, FREE_ROW_COST), gate_cost)
 
 
 class SpeculativeScheduler(Scheduler):
