@@ -2,7 +2,9 @@
 
 Requests are mixed: continuations of several lengths, drawn and greedy, streamed, in groups and with drafts, and
 blanks. Each is asked alone, one after the other, after a first round that is not measured; then clients ask all of them
-at once, over and over. Every answer must be the one that came alone: seeds are fixed, and in float32 a row's text does
+at once, over and over, until the time is over; then what they have asked comes to its end, with ever fewer clients, so
+tokens a second are told with that and without (an answer that was cut by the end of the time counts by its part before
+it). Every answer must be the one that came alone: seeds are fixed, and in float32 a row's text does
 not depend on its batch mates. In bfloat16 rounding may turn a token: the share that holds is told.
 
     anyorder serve --port 8012 &
@@ -120,21 +122,26 @@ async def run(address: str, clients: int, seconds: float, mix: list[tuple[str, d
         alone = [await ask(client, path, body) for path, body in mix]
         one = sum(answer.tokens for answer in alone) / (time.perf_counter() - begun)
         answers: list[tuple[int, Answer]] = []
+        while_all_ask = 0.0
         lost: list[str] = []
         begun = time.perf_counter()
 
         async def keep_asking(number: int) -> None:
+            nonlocal while_all_ask
             while time.perf_counter() < begun + seconds:
-                own = number % len(mix)
+                own, asked = number % len(mix), time.perf_counter()
                 try:
-                    answers.append((own, await ask(client, *mix[own])))
+                    answer = await ask(client, *mix[own])
+                    answers.append((own, answer))
+                    now = time.perf_counter()
+                    while_all_ask += answer.tokens * (min(now, begun + seconds) - asked) / (now - asked)
                 except Exception as error:
                     lost.append(f"{type(error).__name__}: {error}")
                 number += 7
 
         await asyncio.gather(*(keep_asking(number) for number in range(clients)))
         whole = time.perf_counter() - begun
-    many = sum(answer.tokens for _, answer in answers) / whole
+    many, busy = sum(answer.tokens for _, answer in answers) / whole, while_all_ask / seconds
     twice = sum(answer.asked_twice for _, answer in answers)
     right = sum(answer.text == alone[own].text for own, answer in answers)
     first = [answer.first for own, answer in answers if mix[own][1].get("stream")]
@@ -142,7 +149,8 @@ async def run(address: str, clients: int, seconds: float, mix: list[tuple[str, d
     return [
         "| | one at a time | " + f"{clients} clients |",
         "|---|---|---|",
-        f"| tokens/s, of all | {one:.1f} | {many:.1f} ({many / one:.2f} times) |",
+        f"| tokens/s, while all clients ask | {one:.1f} | {busy:.1f} ({busy / one:.2f} times) |",
+        f"| tokens/s, until the last answer | | {many:.1f} ({many / one:.2f} times) |",
         f"| requests | {len(mix)} | {len(answers)} in {whole:.0f} s; lost {len(lost)}, asked twice {twice} |",
         f"| the same text as alone | | {right} of {len(answers)} |",
         f"| seconds to a stream's first text, p50 / p95 | {_spread([a.first for a in alone])} | {_spread(first)} |",
