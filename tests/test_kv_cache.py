@@ -63,7 +63,7 @@ def test_slots_are_written_at_once_as_layer_by_layer(chosen):
         slots.use(1, 200)
         slots.fit()
         slots[0:4].write(1, *_new(4, 1, 2)[:2], torch.full((4, 1), 150), 150)
-    assert every[1].stack.shape[3] == every[1].capacity + 1 == 256
+    assert every[1].held.stack.shape[3] == every[1].capacity + 1 == 256
     _same(every)
 
 

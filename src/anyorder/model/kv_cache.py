@@ -65,6 +65,21 @@ class KeyValueStore:
             store._layers[layer] = key, value
         return store
 
+    def resized(self, capacity: int) -> KeyValueStore:
+        """A store of another capacity, with copies of the ranks that fit."""
+        store, kept = KeyValueStore(capacity), min(capacity, self.capacity)
+
+        def moved(buffer: Tensor) -> Tensor:
+            other = buffer.new_zeros(*buffer.shape[:-2], capacity + 1, buffer.shape[-1])
+            other[..., :kept, :] = buffer[..., :kept, :]
+            return other
+
+        if self.stack is not None:
+            store._hold(moved(self.stack))
+        else:
+            store._layers = {layer: (moved(key), moved(value)) for layer, (key, value) in self._layers.items()}
+        return store
+
     @torch.inference_mode()
     def begin_with(self, rows: Sequence[KeyValueStore | None]) -> None:
         """Let the rows of the batch begin with copies of full stores of one row each; None: with nothing."""
@@ -110,16 +125,16 @@ class KeyValueStore:
     def write_all(self, new: Tensor, ranks: Tensor, start: int | None) -> None:
         """`write` of all layers at once, which are alike: (2 x layers, B, heads, C, head_dim), keys and values of each
         by turns."""
-        stack = self._stack_like(new)
+        stack = self._stack_like(new, new.shape[1])
         if start is not None:
             stack[:, :, :, start : start + new.shape[3]] = new
         else:
             scatter(stack, new, ranks)
 
-    def _stack_like(self, new: Tensor) -> Tensor:
-        """`stack`; what there is of buffers goes into it."""
+    def _stack_like(self, new: Tensor, rows: int) -> Tensor:
+        """`stack`, of so many rows of the batch; what there is of buffers goes into it."""
         if self._stack is None:
-            self._hold(stacked(self._layers, new, new.shape[1], self.capacity))
+            self._hold(stacked(self._layers, new, rows, self.capacity))
         assert self._stack is not None
         return self._stack
 

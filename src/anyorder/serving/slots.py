@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anyorder.model.kv_cache import KeyValueStore, by_layer, scatter, stacked
+from anyorder.model.kv_cache import KeyValueStore, by_layer, scatter
 
 SHORTEST = 16
 """Tokens from which on a start is worth keeping: fewer cost a forward hardly anything."""
@@ -37,20 +37,22 @@ class Slots:
             or far fewer. Engines read buffers whole, or copy what they read.
 
     Attributes:
-        capacity: C, as many ranks as there are now.
+        held: the buffers, those of all slots, of C ranks.
         version: another one whenever other buffers have taken the place of those before.
-        stack: the buffers as one, if they are: see `KeyValueStore.stack`.
     """
 
     def __init__(self, count: int, most: int, grows: bool = False):
         self.count, self.most, self._grows = count, most, grows
-        self.capacity = min(LEAST - 1, most) if grows else most
+        self.held = KeyValueStore(min(LEAST - 1, most) if grows else most)
         self.version = 0
-        self.stack: Tensor | None = None
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._used = [0] * count
         self._begins: dict[int, KeyValueStore] = {}
         self._parts: dict[tuple[int, int], KeyValueStore] = {}
+
+    @property
+    def capacity(self) -> int:
+        """C, as many ranks as there are now."""
+        return self.held.capacity
 
     def __getitem__(self, chosen: slice) -> KeyValueStore:
         """The store of neighbouring slots, which writes into them: the same object each time."""
@@ -76,22 +78,14 @@ class Slots:
 
     def buffers_of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Those of a layer; if there are none, they are made like (any, heads, any, head_dim)."""
-        if layer not in self._layers:
-            self._layers[layer] = tuple(  # type: ignore[assignment]
-                part.new_zeros(self.count, part.shape[1], self.capacity + 1, part.shape[3]) for part in (key, value)
-            )
-        return self._layers[layer]
+        return self.held._buffers(layer, self.count, key, value)
 
     def stack_like(self, new: Tensor) -> Tensor:
-        """`stack`, for (2 x layers, any, heads, any, head_dim); what there is of buffers goes into it."""
-        if self.stack is None:
-            self._hold(stacked(self._layers, new, self.count, self.capacity))
-        assert self.stack is not None
-        return self.stack
-
-    def _hold(self, stack: Tensor) -> None:
-        self.stack, self._layers = stack, by_layer(stack)
-        self.version += 1
+        """Their stack, for (2 x layers, any, heads, any, head_dim); what there is of buffers goes into it."""
+        is_new = self.held.stack is None
+        stack = self.held._stack_like(new, self.count)
+        self.version += is_new
+        return stack
 
     def fit(self) -> None:
         """Let buffers have the size that requests need, and what slots begin with; between two forwards only."""
@@ -107,21 +101,8 @@ class Slots:
         fits = min(needed - 1, self.most)
         # Not smaller by one half: the next request may need that again.
         if self._grows and (fits > self.capacity or 4 * needed <= self.capacity + 1):
-            kept = min(fits, self.capacity)
-            self.capacity = fits
-            if self.stack is not None:
-                self._hold(self._moved(self.stack, kept))
-                return
-            self._layers = {
-                layer: (self._moved(key, kept), self._moved(value, kept))
-                for layer, (key, value) in self._layers.items()
-            }
+            self.held = self.held.resized(fits)
             self.version += 1
-
-    def _moved(self, buffer: Tensor, kept: int) -> Tensor:
-        moved = buffer.new_zeros(*buffer.shape[:-2], self.capacity + 1, buffer.shape[-1])
-        moved[..., :kept, :] = buffer[..., :kept, :]
-        return moved
 
 
 class _OfSlots(KeyValueStore):
@@ -152,7 +133,7 @@ class _Part(_OfSlots):
         # Another thread may read them while they are resized: what belongs together is one object, and the version is
         # read first, so that what is made of buffers is at worst taken for older than it is.
         version, chosen = self._slots.version, self._chosen
-        whole, made = self._slots._layers, self._made
+        whole, made = self._slots.held._layers, self._made
         if made is None or made[0] != (version, len(whole)):
             parts = {layer: (key[chosen], value[chosen]) for layer, (key, value) in list(whole.items())}
             made = self._made = (version, len(parts)), parts
@@ -169,10 +150,10 @@ class _Part(_OfSlots):
 
     @property
     def stack(self) -> Tensor | None:
-        whole = self._slots.stack
+        whole = self._slots.held.stack
         return None if whole is None else whole[:, self._chosen]
 
-    def _stack_like(self, new: Tensor) -> Tensor:
+    def _stack_like(self, new: Tensor, rows: int) -> Tensor:
         return self._slots.stack_like(new)[:, self._chosen]
 
 
@@ -185,16 +166,16 @@ class _Scattered(_OfSlots):
 
     @property
     def stack(self) -> Tensor | None:
-        whole = self._slots.stack
+        whole = self._slots.held.stack
         return None if whole is None else whole.index_select(1, self._chosen.to(whole.device))
 
     @property
     def _layers(self) -> dict[int, tuple[Tensor, Tensor]]:  # type: ignore[override]
         whole = self.stack
-        return {layer: self._read(layer) for layer in self._slots._layers} if whole is None else by_layer(whole)
+        return {layer: self._read(layer) for layer in self._slots.held._layers} if whole is None else by_layer(whole)
 
     def _read(self, layer: int) -> tuple[Tensor, Tensor]:
-        key, value = self._slots._layers[layer]
+        key, value = self._slots.held._layers[layer]
         return key.index_select(0, self._chosen.to(key.device)), value.index_select(0, self._chosen.to(key.device))
 
     def append(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> tuple[Tensor, Tensor]:
