@@ -179,6 +179,11 @@ def test_drafts_of_few_tokens_leave_the_others_to_constraints(draft, monkeypatch
     assert widths[-1] is None or widths[-1] == VOCABULARY
     greedy = run(model, IDS, order.regroup(1), allowed_tokens=allowed)
     assert torch.equal(output.sequences, greedy.sequences)
+    for drawn in ({"temperature": 1.0, "generator": generator(1)}, {}):
+        forced = run(model, IDS, order, policy=policy, forced_ids=torch.full_like(IDS, VOCABULARY - 1), **drawn)
+        assert bool((forced.sequences[:, 1:] == VOCABULARY - 1).all())
+    penalised = run(model, IDS, order, policy=policy, repetition_penalty=3.0)
+    assert torch.equal(penalised.sequences, run(model, IDS, order.regroup(1), repetition_penalty=3.0).sequences)
 
 
 def test_state_drafts_take_no_row_more_and_need_a_network():

@@ -124,7 +124,7 @@ class Drawer:
     @property
     def names_tokens(self) -> bool:
         """Whether anything names tokens of the vocabulary, so that logits must be of all of them."""
-        said = self.sampler.allowed, self.sampler.repetition_penalty, self.told
+        said = self.sampler.allowed, self.sampler.repetition_penalty, self.told, self.forced
         return self.looks_at_tokens or self.records or any(thing is not None for thing in said)
 
     def processed(self, found: Evaluated, visible: Visible) -> Tensor:
