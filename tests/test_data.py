@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +20,21 @@ pytest.importorskip("datasets", reason="training needs the train extra")
 from anyorder.training.data import Sequences, Stream, collate
 from anyorder.training.texts import Documents, open_texts, read_texts, tokenize, tokenized
 from training_data import documents
+
+IN_A_NEW_PROCESS = """
+import torch
+from torch.utils.data import DataLoader
+
+from anyorder.training.curriculum import BUILT_IN
+from anyorder.training.data import Sequences, collate
+from training_data import documents
+
+data = Sequences([documents()], 16, BUILT_IN["exact"], count=12)
+alone, shared = (list(DataLoader(data, batch_size=2, num_workers=n, collate_fn=collate)) for n in (0, 2))
+assert len(alone) == len(shared) == 6
+assert all(torch.equal(one[key], two[key]) for one, two in zip(alone, shared) for key in one)
+print("the same")
+"""
 
 
 def test_texts_are_read_from_every_kind_of_file(tmp_path):
@@ -133,7 +152,7 @@ def test_a_stream_of_a_mixture_loses_nothing_and_starts_again(tmp_path, byte_tok
     assert [byte_tokenizer.decode(ids[1:].tolist()) for ids in first] == texts
 
 
-def test_several_processes_draw_the_stream_of_one_and_workers_are_refused(tmp_path, byte_tokenizer):
+def test_several_processes_draw_the_stream_of_one_and_workers_are_refused(tmp_path, byte_tokenizer, monkeypatch):
     from accelerate.data_loader import IterableDatasetShard
     from torch.utils.data import DataLoader
 
@@ -151,17 +170,18 @@ def test_several_processes_draw_the_stream_of_one_and_workers_are_refused(tmp_pa
     assert sorted(found) == list(range(8))
     assert all(torch.equal(found[n][key], expected[n][key]) for n in found for key in found[n])
     for workers in (1, 2):
+        monkeypatch.setattr("anyorder.training.data.get_worker_info", lambda n=workers: SimpleNamespace(num_workers=n))
         with pytest.raises(ValueError, match="by the training process itself"):
-            list(DataLoader(stream, batch_size=3, num_workers=workers, collate_fn=collate))
+            next(iter(stream))
 
 
 def test_workers_make_the_sequences_that_one_process_makes():
-    from torch.utils.data import DataLoader
-
-    data = Sequences([documents()], 16, BUILT_IN["exact"], count=12)
-    alone, shared = (DataLoader(data, batch_size=2, num_workers=n, collate_fn=collate) for n in (0, 2))
-    for one, two in zip(alone, shared, strict=True):
-        assert all(torch.equal(one[key], two[key]) for key in one)
+    """Workers are copies of their process, here a new one: that of many tests has threads of many libraries, of which a
+    copy has none, and it has died of such workers."""
+    ran = subprocess.run(
+        [sys.executable, "-c", IN_A_NEW_PROCESS], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert ran.stdout == "the same\n", ran.stderr
 
 
 def test_a_data_set_of_the_hub_or_of_a_directory(tmp_path, monkeypatch):
