@@ -96,6 +96,10 @@ class OpenVINORunner(ModelRunner):
             for name in ("coupling", "drafts")
             if (folder / f"{name}.xml").is_file()
         }
+        self._widths = {
+            name: request.get_compiled_model().output(0).partial_shape[1].get_length()
+            for name, request in self._members.items()
+        }
         self._shared_by_threads = Lock()  # those of rows belong to a run each
         self._requests: WeakKeyDictionary[object, _Requests] = WeakKeyDictionary()  # of whole stores
 
@@ -158,7 +162,7 @@ class OpenVINORunner(ModelRunner):
         return hidden[:, padding:].clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._logits(self._head, hidden)
+        return self._logits(self._head, self.model.vocabulary_size, hidden)
 
     def coupled_logits(self, hidden: Tensor, logits: Tensor, members: Tensor, distances: Tensor) -> Tensor:
         if "coupling" not in self._members:
@@ -178,11 +182,11 @@ class OpenVINORunner(ModelRunner):
         members, distances = members[:, : network.window], distances[:, : network.window]
         with torch.no_grad():
             summed = network.summed(members, distances, self.model.get_input_embeddings())
-        return self._logits(self._members[name], hidden, summed)
+        return self._logits(self._members[name], self._widths[name], hidden, summed)
 
-    def _logits(self, request: Any, *inputs: Tensor) -> Tensor:
-        """(N, any) float32 of a graph that makes logits of inputs with N rows each."""
-        logits = torch.empty(len(inputs[0]), request.get_compiled_model().output(0).partial_shape[1].get_length())
+    def _logits(self, request: Any, width: int, *inputs: Tensor) -> Tensor:
+        """(N, width) float32 of a graph that makes so many logits of inputs with N rows each."""
+        logits = torch.empty(len(inputs[0]), width)
         if not len(logits):
             return logits
         held = [one.float().contiguous() for one in inputs]
