@@ -187,8 +187,11 @@ class Arrangement:
         hi = rank + 1 if self.recipe == "exact" else self.ends.gather(1, rank)
         return self._half(self.ids.gather(1, column), torch.ones_like(used), column - lo, lo, hi, used, rank)
 
-    def queries(self, columns: Tensor, used: Tensor, hi: Tensor) -> _Half:
-        """Query rows of (B, Q) columns, each reading up to rank `hi`; `used` is False for padding."""
+    def queries(self, columns: Tensor, used: Tensor, hi: Tensor) -> _Half | None:
+        """Query rows of (B, Q) columns, each reading up to rank `hi`; `used` is False for padding. None of none: most
+        steps of one token at a time ask for none, and building what is empty takes as long as building what is not."""
+        if not columns.shape[1]:
+            return None
         lo = self.starts.gather(1, columns)
         position = columns - lo
         if self.recipe == "paper":
@@ -251,13 +254,19 @@ class _Half:
             same &= (values == values[:1]).all(dim=0)
         return int(same.long().cumprod(dim=0).sum())
 
+    def alone(self) -> Rows:
+        """As a forward of content rows."""
+        return Rows(*(getattr(self, field.name) for field in fields(self)))
+
     def first_row(self, count: int) -> Rows:
         """The leading rows of the batch's first row alone, as a forward of content rows."""
         return Rows(*(getattr(self, field.name)[:1, :count] for field in fields(self)))
 
 
-def join(content: _Half, query: _Half) -> Rows:
-    """Content rows, then query rows."""
+def join(content: _Half, query: _Half | None) -> Rows:
+    """Content rows, then query rows, if there are any."""
+    if query is None:
+        return content.alone()
 
     def both(name: str) -> Tensor:
         return torch.cat([getattr(content, name), getattr(query, name)], dim=1)

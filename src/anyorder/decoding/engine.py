@@ -236,11 +236,11 @@ class Run:
             hidden: (B, R, E) of the forward.
             source: (B, Q) int64: the row of `hidden` that predicts each of them.
         """
-        row, _ = queries.used.nonzero(as_tuple=True)
-        states = self._rows_of(hidden, row, source[queries.used])
+        at = queries.used.nonzero(as_tuple=True)
+        states = self._rows_of(hidden, at[0], source[at])
         logits = self.runner.logits(states).float()
         coupled = states if self.is_coupled else None
-        return Evaluated(row, queries.columns[queries.used], queries.hi[queries.used], logits, coupled)
+        return Evaluated(at[0], queries.columns[at], queries.hi[at], logits, coupled)
 
     def draw(self, found: Evaluated, uniforms: Tensor, first: First | None = None) -> Drawn:
         """Tokens with (B, T) random numbers, of one group a row; see `groups` for `first`."""
@@ -259,10 +259,10 @@ class Run:
             source: (B,) int64: the row of `hidden` that predicted the first.
             uniforms, first: as for `draw`.
         """
-        row, _ = queries.used.nonzero(as_tuple=True)
-        states = self._rows_of(hidden, row, source[row])
-        nothing = states.new_zeros(len(row), 0)
-        found = Evaluated(row, queries.columns[queries.used], queries.hi[queries.used], nothing, states)
+        at = queries.used.nonzero(as_tuple=True)
+        states = self._rows_of(hidden, at[0], source[at[0]])
+        nothing = states.new_zeros(len(states), 0)
+        found = Evaluated(at[0], queries.columns[at], queries.hi[at], nothing, states)
         visible = Visible(self.ids, self.tokens.ranks)
         uniform = uniforms[found.row, found.column]
         vocabulary = self.runner.model.vocabulary_size if self.drawer.names_tokens else None

@@ -219,7 +219,7 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         layout = lay_out(ids, factorization, self.recipe)
         predicted = layout.logit_rows >= 0
         row, _ = predicted.nonzero(as_tuple=True)
-        if torch.is_grad_enabled() and (self.config.adapter or {}).get("kind") == "gated":
+        if torch.is_grad_enabled() and self.config.is_gated:
             hidden, where = self._frozen_rows_first(layout)
         else:
             hidden, where = self.hidden_rows(layout.rows, layout.key_positions), None

@@ -76,6 +76,11 @@ class AnyOrderConfig(PretrainedConfig):
         self.couple(coupling)
         super().__init__(**kwargs)
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether its adapters act only where a row stands as no row of the base model does."""
+        return self.adapter is not None and self.adapter["kind"] == "gated"
+
     def couple(self, coupling: dict[str, Any] | None) -> None:
         """Say which coupling the model has; without one, older versions can read what is saved."""
         self.coupling = coupling

@@ -22,11 +22,14 @@ class KeyValueStore:
 
     Buffers are allocated when a layer first writes, in that layer's own shape and dtype: 2 x batch x heads x
     (capacity + 1) x head_dim elements a layer.
+
+    Attributes:
+        layers: keys and values of each that has been written, by its index.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._stack: Tensor | None = None
 
     @property
@@ -37,7 +40,7 @@ class KeyValueStore:
     @property
     def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of each layer, (B, heads, capacity + 1, head_dim); empty before the first forward."""
-        layers = sorted(self._layers.items())
+        layers = sorted(self.layers.items())
         return [key for _, (key, _) in layers], [value for _, (_, value) in layers]
 
     @property
@@ -52,17 +55,17 @@ class KeyValueStore:
         if self.stack is not None:
             store._hold(self.stack.index_select(1, batch.to(self.stack.device)))
             return store
-        for layer, (key, value) in self._layers.items():
+        for layer, (key, value) in self.layers.items():
             index = batch.to(key.device)
-            store._layers[layer] = key.index_select(0, index), value.index_select(0, index)
+            store.layers[layer] = key.index_select(0, index), value.index_select(0, index)
         return store
 
     def first_of(self, row: int, count: int) -> KeyValueStore:
         """A full store of copies of the first `count` ranks of one row of the batch."""
         store = KeyValueStore(count)
-        for layer, buffers in self._layers.items():
+        for layer, buffers in self.layers.items():
             key, value = (buffer[row : row + 1, :, : count + 1].clone() for buffer in buffers)
-            store._layers[layer] = key, value
+            store.layers[layer] = key, value
         return store
 
     def resized(self, capacity: int) -> KeyValueStore:
@@ -77,7 +80,7 @@ class KeyValueStore:
         if self.stack is not None:
             store._hold(moved(self.stack))
         else:
-            store._layers = {layer: (moved(key), moved(value)) for layer, (key, value) in self._layers.items()}
+            store.layers = {layer: (moved(key), moved(value)) for layer, (key, value) in self.layers.items()}
         return store
 
     @torch.inference_mode()
@@ -86,15 +89,15 @@ class KeyValueStore:
         for number, row in enumerate(rows):
             if row is None:
                 continue
-            for layer, parts in row._layers.items():
-                for buffer, part in zip(self._buffers(layer, len(rows), *parts), parts, strict=True):
+            for layer, parts in row.layers.items():
+                for buffer, part in zip(self.buffers_of(layer, len(rows), *parts), parts, strict=True):
                     buffer[number, :, : row.capacity] = part[0, :, : row.capacity]
 
-    def _buffers(self, layer: int, rows: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def buffers_of(self, layer: int, rows: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Those of a layer; if there are none, they are made for so many rows, like (any, heads, any, head_dim)."""
-        if layer not in self._layers:
-            self._layers[layer] = self._empty(rows, key), self._empty(rows, value)
-        return self._layers[layer]
+        if layer not in self.layers:
+            self.layers[layer] = self._empty(rows, key), self._empty(rows, value)
+        return self.layers[layer]
 
     def _empty(self, rows: int, like: Tensor) -> Tensor:
         return like.new_zeros(rows, like.shape[1], self.capacity + 1, like.shape[-1])
@@ -112,7 +115,7 @@ class KeyValueStore:
         Keys that gradients flow through are returned in copies of the buffers and not kept: training reads them once,
         and gradient checkpointing appends them again.
         """
-        buffers = self._buffers(layer, len(key), key, value)
+        buffers = self.buffers_of(layer, len(key), key, value)
         if key.requires_grad or value.requires_grad:
             buffers = (buffers[0].clone(), buffers[1].clone())
         _write(buffers, (key, value), ranks, start)
@@ -120,26 +123,26 @@ class KeyValueStore:
 
     def write(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> None:
         """`append` without anything to read, and without gradients."""
-        _write(self._buffers(layer, len(key), key, value), (key, value), ranks, start)
+        _write(self.buffers_of(layer, len(key), key, value), (key, value), ranks, start)
 
     def write_all(self, new: Tensor, ranks: Tensor, start: int | None) -> None:
         """`write` of all layers at once, which are alike: (2 x layers, B, heads, C, head_dim), keys and values of each
         by turns."""
-        stack = self._stack_like(new, new.shape[1])
+        stack = self.stack_like(new, new.shape[1])
         if start is not None:
             stack[:, :, :, start : start + new.shape[3]] = new
         else:
             scatter(stack, new, ranks)
 
-    def _stack_like(self, new: Tensor, rows: int) -> Tensor:
+    def stack_like(self, new: Tensor, rows: int) -> Tensor:
         """`stack`, of so many rows of the batch; what there is of buffers goes into it."""
         if self._stack is None:
-            self._hold(stacked(self._layers, new, rows, self.capacity))
+            self._hold(stacked(self.layers, new, rows, self.capacity))
         assert self._stack is not None
         return self._stack
 
     def _hold(self, stack: Tensor) -> None:
-        self._stack, self._layers = stack, by_layer(stack)
+        self._stack, self.layers = stack, by_layer(stack)
 
 
 def stacked(layers: dict[int, tuple[Tensor, Tensor]], new: Tensor, rows: int, capacity: int) -> Tensor:

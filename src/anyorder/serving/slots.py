@@ -78,12 +78,12 @@ class Slots:
 
     def buffers_of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Those of a layer; if there are none, they are made like (any, heads, any, head_dim)."""
-        return self.held._buffers(layer, self.count, key, value)
+        return self.held.buffers_of(layer, self.count, key, value)
 
     def stack_like(self, new: Tensor) -> Tensor:
         """Their stack, for (2 x layers, any, heads, any, head_dim); what there is of buffers goes into it."""
         is_new = self.held.stack is None
-        stack = self.held._stack_like(new, self.count)
+        stack = self.held.stack_like(new, self.count)
         self.version += is_new
         return stack
 
@@ -129,11 +129,11 @@ class _Part(_OfSlots):
         self._made: tuple[tuple[int, int], dict[int, tuple[Tensor, Tensor]]] | None = None
 
     @property
-    def _layers(self) -> dict[int, tuple[Tensor, Tensor]]:  # type: ignore[override]
+    def layers(self) -> dict[int, tuple[Tensor, Tensor]]:  # type: ignore[override]
         # Another thread may read them while they are resized: what belongs together is one object, and the version is
         # read first, so that what is made of buffers is at worst taken for older than it is.
         version, chosen = self._slots.version, self._chosen
-        whole, made = self._slots.held._layers, self._made
+        whole, made = self._slots.held.layers, self._made
         if made is None or made[0] != (version, len(whole)):
             parts = {layer: (key[chosen], value[chosen]) for layer, (key, value) in list(whole.items())}
             made = self._made = (version, len(parts)), parts
@@ -144,16 +144,16 @@ class _Part(_OfSlots):
             if row is not None:
                 self._slots.begin(slot, row)
 
-    def _buffers(self, layer: int, rows: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def buffers_of(self, layer: int, rows: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         self._slots.buffers_of(layer, key, value)
-        return self._layers[layer]
+        return self.layers[layer]
 
     @property
     def stack(self) -> Tensor | None:
         whole = self._slots.held.stack
         return None if whole is None else whole[:, self._chosen]
 
-    def _stack_like(self, new: Tensor, rows: int) -> Tensor:
+    def stack_like(self, new: Tensor, rows: int) -> Tensor:
         return self._slots.stack_like(new)[:, self._chosen]
 
 
@@ -170,12 +170,12 @@ class _Scattered(_OfSlots):
         return None if whole is None else whole.index_select(1, self._chosen.to(whole.device))
 
     @property
-    def _layers(self) -> dict[int, tuple[Tensor, Tensor]]:  # type: ignore[override]
+    def layers(self) -> dict[int, tuple[Tensor, Tensor]]:  # type: ignore[override]
         whole = self.stack
-        return {layer: self._read(layer) for layer in self._slots.held._layers} if whole is None else by_layer(whole)
+        return {layer: self._read(layer) for layer in self._slots.held.layers} if whole is None else by_layer(whole)
 
     def _read(self, layer: int) -> tuple[Tensor, Tensor]:
-        key, value = self._slots.held._layers[layer]
+        key, value = self._slots.held.layers[layer]
         return key.index_select(0, self._chosen.to(key.device)), value.index_select(0, self._chosen.to(key.device))
 
     def append(self, layer: int, key: Tensor, value: Tensor, ranks: Tensor, start: int | None) -> tuple[Tensor, Tensor]:

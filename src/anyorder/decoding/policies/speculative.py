@@ -101,8 +101,7 @@ def _source(draft: str, run: Run) -> DraftSource:
     sources = [kind() for name, kind in SOURCES.items() if name != "state" or _drafts_states(run)]
     model = run.runner.model
     device = model.query_embedding.device.type
-    is_gated = (model.config.adapter or {}).get("kind") == "gated"
-    gate_cost = GATE_COST.get(device, 0.0) if is_gated else 0.0
+    gate_cost = GATE_COST.get(device, 0.0) if model.config.is_gated else 0.0
     return BestDrafts(sources, len(run.ids), ROW_COST.get(device, FREE_ROW_COST), gate_cost)
 
 

@@ -83,7 +83,7 @@ class OpenVINORunner(ModelRunner):
         self.model, self.weights = model, weights
         self._made_of = weights_of(model)
         self._adapted = adapters.first_layer(model)
-        self._is_gated = (model.config.adapter or {}).get("kind") == "gated"
+        self._is_gated = model.config.is_gated
         self._made_with_adapters = self.adapters_are_on
         self._properties = properties(weights)
         self._core = ov.Core()
@@ -96,7 +96,7 @@ class OpenVINORunner(ModelRunner):
             for name in ("coupling", "drafts")
             if (folder / f"{name}.xml").is_file()
         }
-        self._widths = {
+        self._widths = {"head": model.vocabulary_size} | {
             name: request.get_compiled_model().output(0).partial_shape[1].get_length()
             for name, request in self._members.items()
         }
@@ -162,7 +162,7 @@ class OpenVINORunner(ModelRunner):
         return hidden[:, padding:].clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._logits(self._head, self.model.vocabulary_size, hidden)
+        return self._logits(self._head, self._widths["head"], hidden)
 
     def coupled_logits(self, hidden: Tensor, logits: Tensor, members: Tensor, distances: Tensor) -> Tensor:
         if "coupling" not in self._members:
