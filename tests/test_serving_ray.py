@@ -186,6 +186,22 @@ def test_mistakes(arguments, message):
         Arguments(**arguments)
 
 
+def _built_by_ray(arguments):
+    """As its commands do."""
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as built
+
+    return built(build, arguments)
+
+
+def test_what_was_typed_is_taken_and_what_cannot_be_meant_named():
+    typed = {"min_replicas": "2", "max_replicas": "5", "slots": "3", "dtype": "bfloat16"}  # Ray hands over strings
+    options = _built_by_ray(typed)._bound_deployment
+    assert options._deployment_config.autoscaling_config.max_replicas == 5
+    assert options.max_ongoing_requests == 6
+    with pytest.raises(ValueError, match="slotz"):
+        _built_by_ray({"slotz": "3"})
+
+
 def test_replicas_are_scaled_by_requests_at_work():
     options = build(Arguments(min_replicas=1, max_replicas=8, slots=16, gpus=1))._bound_deployment
     scale = options._deployment_config.autoscaling_config
@@ -204,6 +220,5 @@ def test_the_example_is_a_file_that_serve_deploy_takes():
         pytest.skip("no examples beside the tests")
     (application,) = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text())).applications
     assert application.import_path == "anyorder.serving.ray_app:build"
-    arguments = Arguments.model_validate(application.args)
-    assert build(arguments)._bound_deployment.name == NAME
+    assert _built_by_ray(application.args)._bound_deployment.name == NAME
     assert [deployment.name for deployment in application.deployments] == [NAME]

@@ -373,8 +373,12 @@ def common_start(ranks: Tensor, capacity: int) -> int | None:
     if ranks.shape[1] == 0:
         return 0
     start = int(ranks[0, 0])
+    if start + ranks.shape[1] > capacity:
+        return None
+    if ranks.numel() == 1:  # one token at a time: nothing to compare
+        return start
     expected = torch.arange(start, start + ranks.shape[1], device=ranks.device)
-    return start if bool((ranks == expected).all()) and start + ranks.shape[1] <= capacity else None
+    return start if bool((ranks == expected).all()) else None
 
 
 AttentionInterface.register(NAME, anyorder_attention)

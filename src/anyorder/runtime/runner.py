@@ -140,6 +140,7 @@ class EagerRunner(ModelRunner):
         """Nothing to check."""
 
 
+@torch.no_grad()
 def weights_of(model: nn.Module) -> list[tuple[object, ...]]:
     """What changes when weights do: of each parameter and buffer its name, kind and place, and the sum of its bits.
 
@@ -163,9 +164,9 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
-@torch.no_grad()
 def _sum_of_bits(tensor: Tensor) -> int:
     """Of its memory in words of eight bytes, which wrap around; some 2 ms for 28 million numbers of bfloat16."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
-    whole = flat.numel() - flat.numel() % 8
-    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum(dtype=torch.int64))
+    left = flat.numel() % 8
+    whole = int(flat[: flat.numel() - left].view(torch.int64).sum())
+    return whole + int(flat[-left:].sum(dtype=torch.int64)) if left else whole

@@ -81,12 +81,16 @@ class Arguments(BaseModel):
         return self
 
 
-def build(arguments: Arguments) -> serve.Application:
+def build(arguments: Arguments | dict[str, Any]) -> serve.Application:
     """The application, for `serve run`, `serve deploy` or `serve.run`.
+
+    Args:
+        arguments: or what they are made of: so Ray's commands hand over what was typed, or stands in a file.
 
     Raises:
         pydantic.ValidationError: a ValueError that names the argument that cannot be meant.
     """
+    arguments = Arguments.model_validate(arguments)
     scale: dict[str, Any] = {"num_replicas": arguments.max_replicas}
     if arguments.min_replicas < arguments.max_replicas:
         scale = {
