@@ -23,7 +23,7 @@ from typing import Any
 HERE = Path(__file__).parent.parent
 SHIPPED = "smollm2-135m-anyorder"
 FOURS = ("--group-size", "4", "--policy", "groupwise:size=4")
-BEGIN, END = "<!-- the table: written by benchmarks/paper_table.py -->", "<!-- the end of the table -->"
+BEGIN, END = "<!-- the table: written by a program in benchmarks -->", "<!-- the end of the table -->"
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,18 @@ def evaluate(options: argparse.Namespace, name: str) -> None:
 
 
 def write_page(results: Path) -> None:
-    """Put the table into the page beside the folder of results, which keeps what is written around it."""
-    page = results.parent / f"{results.name}.md"
+    """Put the table into the page beside the folder of results."""
+    put_into(results.parent / f"{results.name}.md", table(results))
+
+
+def put_into(page: Path, lines: list[str]) -> None:
+    """Lines between the two that mark a table in a page, which keeps what is written around it."""
     text = page.read_text() if page.is_file() else f"# Results\n\n{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, behind = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{page} has no lines {BEGIN!r} and {END!r}, between which the table belongs")
-    page.write_text("\n".join([before + BEGIN, "", *table(results), "", END + behind]))
+    page.write_text("\n".join([before + BEGIN, "", *lines, "", END + behind]))
 
 
 def table(results: Path) -> list[str]:
@@ -127,7 +131,7 @@ def table(results: Path) -> list[str]:
     return lines
 
 
-def cell(tasks: dict[str, Any], task: str, metric: str, way: str) -> str:
+def cell(tasks: dict[str, Any], task: str, metric: str, way: str = "") -> str:
     """A metric in percent, or in nats, with its 95% interval."""
     one = tasks[task][metric + way * (task == "stories")]
     factor, digits = (1, 3) if metric.startswith("nats") else (100, 1)

@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from anyorder.core.layout import Rows
 from anyorder.model.flex_attention import attend_by_flex
 from anyorder.model.kv_cache import KeyValueStore
+from anyorder.model.scores import Scores
 
 NAME = "anyorder"
 IMPLEMENTATIONS = ("sdpa", "flex_attention")
@@ -104,26 +105,10 @@ class Reads:
             key, value = self._store.append(layer, key, value, self._ranks, self._start)
         return key[:, :, : self.key_count], value[:, :, : self.key_count]
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        dropout: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """(B, H, R, D): what the rows' queries read of keys and values, (B, G, K, D) of `keys_values`.
-
-        Args:
-            scaling: of scores; None: D ** -0.5.
-            dropout: of attention weights.
-            window: positions; None: no sliding window.
-            softcap: of scores (Gemma 2); None: none.
-        """
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """(B, H, R, D): what the rows' queries read of keys and values, (B, G, K, D) of `keys_values`."""
         run = attend_by_flex if self.implementation == "flex_attention" else attend_by_blocks
-        return run(self, query, key, value, scaling, dropout, window, softcap)
+        return run(self, query, key, value, scores)
 
     def stacks_heads(self, repeats: int) -> bool:
         """Whether `repeats` heads that share a key head are stacked as rows, each with its copy of the mask.
@@ -272,49 +257,41 @@ def anyorder_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} uses {name}, which any-order attention does not implement")
+    scores = Scores(scaling, dropout, sliding_window, softcap)
     if anyorder_reads is None:
         if softcap is not None:
-            return _causal_softcap(query, key, value, attention_mask, scaling, dropout, softcap), None
+            return _causal_softcap(query, key, value, attention_mask, scores), None
         kwargs.pop("is_causal", None)
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return out, None
     layer = _layer_index(module)
     anyorder_reads.calls.append((layer, sliding_window))
     key, value = anyorder_reads.keys_values(layer, key, value)
-    out = anyorder_reads.attend(query, key, value, scaling, dropout, sliding_window, softcap)
+    out = anyorder_reads.attend(query, key, value, scores)
     return out.transpose(1, 2).contiguous(), None
 
 
-def attend_by_blocks(
-    reads: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def attend_by_blocks(reads: Any, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """`Reads.attend` by SDPA on the CPU or a GPU.
 
     Args:
         reads: with `plan` and `stacks_heads` of `Reads`.
     """
     B, H, R, D = query.shape
-    G = key.shape[1]
-    repeats = H // G if softcap is not None or reads.stacks_heads(H // G) else 1
+    G, is_capped = key.shape[1], scores.softcap is not None
+    repeats = H // G if is_capped or reads.stacks_heads(H // G) else 1
     grouped = query.reshape(B, H // repeats, repeats, R, D)
     outputs: list[Tensor] = []
     whole: Tensor | None = None
-    for rows, keys, mask in reads.plan(window, repeats, query.dtype if softcap is None else torch.bool):
+    for rows, keys, mask in reads.plan(scores.window, repeats, torch.bool if is_capped else query.dtype):
         q = grouped[:, :, :, rows].reshape(B, H // repeats, -1, D)
         k, v = key[:, :, keys], value[:, :, keys]
-        if softcap is None:
-            some = nn.functional.scaled_dot_product_attention(
-                q, k, v, mask, dropout, scale=scaling, enable_gqa=q.shape[1] != G
-            )
+        if is_capped:
+            some = _explicit(q, k, v, mask, scores)
         else:
-            some = _explicit(q, k, v, mask, scaling, dropout, softcap)
+            some = nn.functional.scaled_dot_product_attention(
+                q, k, v, mask, scores.dropout, scale=scores.scaling, enable_gqa=q.shape[1] != G
+            )
         some = some.reshape(B, H, -1, value.shape[-1])
         if rows == slice(0, R):
             return some
@@ -327,38 +304,27 @@ def attend_by_blocks(
     return torch.cat(outputs, dim=2) if whole is None else whole
 
 
-def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, dropout: float, softcap: float
-) -> Tensor:
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
     """Attention with capped scores (Gemma 2), which SDPA does not offer."""
-    scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
+    found = scores.capped((q @ k.transpose(-1, -2)) * scores.factor(q.shape[-1]))
     if mask is not None and mask.dtype != torch.bool:  # additive: someone else's, in the plain base model
-        scores = scores + mask
+        found = found + mask
     elif mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    wide = torch.promote_types(scores.dtype, torch.float32)  # float64's least number is no number in float32
-    weights = scores.softmax(dim=-1, dtype=wide).to(q.dtype)
+        found = found.masked_fill(~mask, torch.finfo(found.dtype).min)
+    wide = torch.promote_types(found.dtype, torch.float32)  # float64's least number is no number in float32
+    weights = found.softmax(dim=-1, dtype=wide).to(q.dtype)
     if mask is not None and mask.dtype == torch.bool:
         weights = weights * mask  # a row that reads nothing gets zeros, as in SDPA
-    return nn.functional.dropout(weights, dropout) @ v
+    return nn.functional.dropout(weights, scores.dropout) @ v
 
 
-def _causal_softcap(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float,
-) -> Tensor:
+def _causal_softcap(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
     R, repeats = query.shape[2], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if mask is None:  # transformers leaves the mask out where causality says it all
         K = key.shape[2]
         mask = torch.ones(R, K, dtype=torch.bool, device=query.device).tril(K - R)
-    return _explicit(query, key, value, mask, scaling, dropout, softcap).transpose(1, 2).contiguous()
+    return _explicit(query, key, value, mask, scores).transpose(1, 2).contiguous()
 
 
 def _layer_index(module: nn.Module) -> int:

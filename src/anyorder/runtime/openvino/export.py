@@ -25,6 +25,7 @@ from anyorder.model.base import AnyOrderPreTrainedModel
 from anyorder.model.coupling import MemberNetwork
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.model.lm_head import head_of
+from anyorder.model.scores import Scores
 
 INPUTS = ("embeds", "positions", "lo", "hi", "gates", "ranks", "slots", "slot_positions")
 """Names of what goes in, besides `key.0`, `value.0`, `key.1`, ...; those that a model has no use for are not there."""
@@ -70,34 +71,22 @@ class SlotReads:
         self.new[layer] = key[:, :, : self._content_count], value[:, :, : self._content_count]
         return self.new[layer]
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        dropout: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """All rows in one block, written out, of stored keys and new ones apart: nothing is copied to stand beside
         others. Of its own attention OpenVINO transposes and scales all keys first, and of products with more than one
         axis of batch it copies all that it multiplies. Heads that share keys are stacked as rows, so that keys are read
         once for all of them."""
-        assert not dropout, "nothing is trained here"
+        assert not scores.dropout, "nothing is trained here"
         layer, _ = self.calls[-1]
         past_key, past_value = self._past[2 * layer : 2 * layer + 2]
         B, H, R, D = query.shape
         G, K = key.shape[1], past_key.shape[2]
-        scaled = query.reshape(B * G, H // G * R, D) * (D**-0.5 if scaling is None else scaling)
+        scaled = query.reshape(B * G, H // G * R, D) * scores.factor(D)
         parts = [torch.bmm(scaled, part.flatten(0, 1).transpose(1, 2)) for part in (past_key, key)]
-        if window is not None:  # one more that holds zeros: see `_mask`
+        if scores.window is not None:  # one more that holds zeros: see `_mask`
             parts.append(torch.zeros_like(scaled[:, :, :1]))
-        scores = torch.cat(parts, dim=2)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.reshape(B, G, H // G * R, -1) + self._mask(window, H // G)
-        weights = scores.softmax(dim=-1).flatten(0, 1)
+        found = scores.capped(torch.cat(parts, dim=2)).reshape(B, G, H // G * R, -1)
+        weights = (found + self._mask(scores.window, H // G)).softmax(dim=-1).flatten(0, 1)
         read = torch.bmm(weights[:, :, :K], past_value.flatten(0, 1))
         read = read + torch.bmm(weights[:, :, K : K + self._content_count], value.flatten(0, 1))
         return read.reshape(B, H, R, value.shape[-1])
