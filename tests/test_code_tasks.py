@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ import torch
 from anyorder import load
 from anyorder.cli import main
 from anyorder.evaluation import execution, questions
-from anyorder.evaluation.code_tasks import FIM, AutoLength, FillInTheMiddle, PrefixOnly, SuffixFirst, TrueLength
+from anyorder.evaluation.code_tasks import (
+    BLANK,
+    FIM,
+    AutoLength,
+    BehindIndentation,
+    FillInTheMiddle,
+    PrefixOnly,
+    SuffixFirst,
+    TrueLength,
+)
 from anyorder.evaluation.task import Subject
 
 RECORD = {
@@ -74,18 +84,20 @@ def test_the_base_models_own_tokens_are_needed_for_its_fill_in_the_middle(subjec
 
 
 @pytest.mark.parametrize(
-    ("task", "prompt"), [(PrefixOnly(), "def f(x):\n"), (SuffixFirst(), "    return y\n\ndef f(x):\n")]
+    ("task", "prompt"), [(PrefixOnly(), "def f(x):"), (SuffixFirst(), "    return y\n\ndef f(x):")]
 )
-def test_a_left_to_right_model_goes_on_behind_a_prompt(subject, monkeypatch, task, prompt):
+@pytest.mark.parametrize("written", ["\n    y = x\nmore", "  # why\n    y = x\nmore"])
+def test_a_left_to_right_model_goes_on_behind_a_prompt(subject, monkeypatch, task, prompt, written):
+    """The line end in front of the line is its own to write: vocabularies join it with the indentation behind it."""
     item = task.item(RECORD)
     ids = [subject.pieces.start_token(), *subject.pieces.encode(prompt, at_start=True)]
-    line = subject.pieces.encode("    y = x")
+    line = subject.pieces.encode("\n    y = x")
     expected = questions.Question((*ids, *line), tuple(range(len(ids), len(ids + line))), tuple(range(len(ids))))
     seen = []
 
     def generate(prompt, **options):
         seen.append(prompt[0].tolist())
-        return torch.cat([prompt, torch.tensor([subject.pieces.encode("    y = x\nmore")])], dim=1)
+        return torch.cat([prompt, torch.tensor([subject.pieces.encode(written)])], dim=1)
 
     monkeypatch.setattr(subject.model, "generate", generate)
     (result,) = task.evaluate(subject, [item])
@@ -93,6 +105,27 @@ def test_a_left_to_right_model_goes_on_behind_a_prompt(subject, monkeypatch, tas
     assert result["text"] == "    y = x"
     assert result["exact_match"] == 1
     assert seen == [ids]
+
+
+@pytest.mark.parametrize(("line", "indentation"), [("    y = x\n", "    "), ("\ty = x\n", "\t"), ("y = x\n", "")])
+def test_a_line_is_filled_behind_its_indentation(subject, monkeypatch, line, indentation):
+    task, asked = BehindIndentation(), []
+
+    def infiller(text, **options):
+        asked.append((text, options["length"]))
+        return SimpleNamespace(spans=[SimpleNamespace(text="y = x")])
+
+    monkeypatch.setattr(subject, "infiller", infiller)
+    (result,) = task.evaluate(subject, [task.item(RECORD | {"canonical_solution": line})])
+    assert asked == [(f"def f(x):\n{indentation}{BLANK}\n    return y\n", "auto")]
+    assert result["text"] == f"{indentation}y = x"
+    assert result["exact_match"] == 1
+    # Bytes are tokens here, each space its own; the last one in front of a word is the word's, as for blanks.
+    before = f"def f(x):\n{indentation}"
+    brings = subject.pieces.encode_before(before)[1]
+    question = task.question(subject.pieces, task.item(RECORD | {"canonical_solution": line}))
+    text = [subject.pieces.decode([question.ids[i] for i in question.targets])]
+    assert text == [" " * brings + "y = x"]
 
 
 def test_several_lines_are_not_one():

@@ -1,9 +1,12 @@
 """HumanEval with one line missing (arXiv 2207.14255): is it the line that was there, how like it, does it work?
 
-Ways to fill the line: at its true length in tokens, at a length that the model finds, and what a left-to-right model
-can do: by the base model's own fill-in-the-middle tokens, where it has them, which a user would take instead; given the
-program before the line alone; and prompted with the program behind the line first. Programs are run only where the
-user says so (see `execution`).
+Ways to fill the line: at its true length in tokens, at a length that the model finds, the same behind the line's
+indentation, where an editor's cursor stands, and what a left-to-right model can do: by the base model's own
+fill-in-the-middle tokens, where it has them, which a user would take instead; given the program before the line alone;
+and prompted with the program behind the line first. Programs are run only where the user says so (see `execution`).
+
+Some vocabularies (SmolLM2's) join a line end with the indentation behind it in one token. To their models a line that
+begins behind a line end by itself has no indentation.
 """
 
 from __future__ import annotations
@@ -87,8 +90,8 @@ class LineInfilling(Task):
         raise NotImplementedError
 
 
-def _infill(subject: Subject, item: Line, length: int | str) -> str:
-    text = f"{item.prefix}{BLANK}{item.suffix}"
+def _infill(subject: Subject, item: Line, length: int | str, indentation: str = "") -> str:
+    text = f"{item.prefix}{indentation}{BLANK}{item.suffix}"
     (span,) = subject.infiller(text, blank=BLANK, length=length, policy=subject.policy, single_line=True).spans
     return span.text
 
@@ -111,6 +114,29 @@ class AutoLength(LineInfilling):
         return _infill(subject, item, "auto")
 
 
+class BehindIndentation(LineInfilling):
+    """At the length that the model finds, behind the line's own indentation."""
+
+    name = "humaneval_infilling_indented"
+    about = "a missing line behind its indentation, at a length that the model finds"
+
+    def question(self, pieces: Pieces, item: Line) -> Question:
+        indentation, rest = _indented(item.line)
+        before = item.prefix + indentation
+        last = len(before) - int(pieces.encode_before(before)[1])  # the space that belongs to the token behind it
+        return of_pieces(pieces, (before[:last], before[last:] + rest, item.suffix), 1)
+
+    def fill(self, subject: Subject, item: Line, tokens: int) -> str:
+        indentation, _ = _indented(item.line)
+        return indentation + _infill(subject, item, "auto", indentation)
+
+
+def _indented(line: str) -> tuple[str, str]:
+    """The indentation of a line, and the rest."""
+    rest = line.lstrip(" \t")
+    return line[: len(line) - len(rest)], rest
+
+
 class FillInTheMiddle(LineInfilling):
     """By the base model's own tokens for it: prefix, suffix, then the line, greedy up to its end."""
 
@@ -122,7 +148,7 @@ class FillInTheMiddle(LineInfilling):
         return replace(Question.behind(asked, len(line)), ids=(*asked, *line))
 
     def fill(self, subject: Subject, item: Line, tokens: int) -> str:
-        return _go_on(subject, self._prompt(subject.pieces, item))
+        return _go_on(subject, self._prompt(subject.pieces, item)).partition("\n")[0]
 
     def _prompt(self, pieces: Pieces, item: Line) -> list[int]:
         marks = [pieces.tokenizer.convert_tokens_to_ids(mark) for mark in FIM]
@@ -133,18 +159,27 @@ class FillInTheMiddle(LineInfilling):
 
 
 class Prompted(LineInfilling):
-    """By going on behind a prompt, greedy up to the end of the line."""
+    """By going on behind a prompt, greedy up to the end of the line. The line end in front of the line is the model's
+    to write, with the indentation that its vocabulary may join with it."""
 
     def prompt(self, item: Line) -> str:
         """What is gone on with."""
         raise NotImplementedError
 
     def question(self, pieces: Pieces, item: Line) -> Question:
-        return of_pieces(pieces, (self.prompt(item), item.line), 1)
+        before, end = _without_line_end(self.prompt(item))
+        return of_pieces(pieces, (before, end + item.line), 1)
 
     def fill(self, subject: Subject, item: Line, tokens: int) -> str:
-        pieces = subject.pieces
-        return _go_on(subject, [pieces.start_token(), *pieces.encode(self.prompt(item), at_start=True)])
+        pieces, (before, end) = subject.pieces, _without_line_end(self.prompt(item))
+        text = _go_on(subject, [pieces.start_token(), *pieces.encode(before, at_start=True)])
+        return text.partition(end)[2].partition("\n")[0] if end else text.partition("\n")[0]
+
+
+def _without_line_end(text: str) -> tuple[str, str]:
+    """A text without the line end that it may end with, and that."""
+    before = text.removesuffix("\n")
+    return before, text[len(before) :]
 
 
 class PrefixOnly(Prompted):
@@ -166,11 +201,10 @@ class SuffixFirst(Prompted):
 
 
 def _go_on(subject: Subject, ids: list[int]) -> str:
-    """What the model writes behind some ids, up to the end of the line."""
+    """What the model writes behind some ids."""
     prompt = torch.tensor([ids])
     made = subject.model.generate(prompt, max_new_tokens=LONGEST_LINE, policy=subject.policy, do_sample=False)
     assert isinstance(made, torch.Tensor)
     new = made[0, prompt.shape[1] :].tolist()
     end = subject.tokenizer.eos_token_id
-    text = subject.pieces.decode(new[: new.index(end)] if end in new else new)
-    return text.partition("\n")[0]
+    return subject.pieces.decode(new[: new.index(end)] if end in new else new)

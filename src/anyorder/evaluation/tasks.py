@@ -5,7 +5,14 @@ from __future__ import annotations
 import difflib
 
 from anyorder.evaluation.choice_tasks import HellaSwag, Lambada, Piqa, Siqa, WinoGrande
-from anyorder.evaluation.code_tasks import AutoLength, FillInTheMiddle, PrefixOnly, SuffixFirst, TrueLength
+from anyorder.evaluation.code_tasks import (
+    AutoLength,
+    BehindIndentation,
+    FillInTheMiddle,
+    PrefixOnly,
+    SuffixFirst,
+    TrueLength,
+)
 from anyorder.evaluation.order_audit import Calibration, OrderSpread, OrderTaken
 from anyorder.evaluation.story_tasks import (
     FourthSentence,
@@ -24,7 +31,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         TriviaQa, HellaSwag, WinoGrande, Siqa, Piqa, Lambada,
         ThirdSentence, SecondSentence, FourthSentence, SecondAndFourthSentence, ThirdAndFourthSentence, StoryCloze,
-        TrueLength, AutoLength, FillInTheMiddle, PrefixOnly, SuffixFirst,
+        TrueLength, AutoLength, BehindIndentation, FillInTheMiddle, PrefixOnly, SuffixFirst,
         Continuations, Fills, OrderSpread, OrderTaken, Calibration,
     )
 }  # fmt: skip
