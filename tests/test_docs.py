@@ -81,7 +81,9 @@ def check_command(command: list[str]) -> None:
     elif program == "serve":
         check_serve(*rest)
     elif program == "ray":
-        assert rest[0] in ("start", "stop", "status"), rest
+        assert rest[0] in ("start", "stop", "status", "get-auth-token"), rest
+    elif program == "export":
+        assert all(re.fullmatch(r"[A-Z_]+=\S+", one) for one in rest), rest
     elif program == "make":
         assert set(rest) <= make_targets(), rest
     else:
