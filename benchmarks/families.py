@@ -13,21 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from paper_table import BEGIN, END, cell, put_into
+from eval_tables import DOCS, cell, evaluated, keep, put_into, settings_of
 
 from anyorder import Factorization, load
 from anyorder.bench.others import base_of_its_own
 from anyorder.evaluation.code_tasks import FIM
 
-__all__ = ["BEGIN", "END"]
-
-HERE = Path(__file__).parent.parent
 QUESTIONS = ("lambada", "hellaswag")
 WAYS = {
     "humaneval_infilling": "any order, its true length",
@@ -55,7 +50,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=100, help="missing lines; default: 100")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--execute-code", action="store_true", help="see `anyorder eval`")
-    parser.add_argument("--results", type=Path, default=HERE / "docs" / "families", help="default: docs/families")
+    parser.add_argument("--results", type=Path, default=DOCS / "families", help="default: docs/families")
     parser.add_argument("--report-only", action="store_true", help="write the tables from the results that are there")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
@@ -75,17 +70,13 @@ def measure(options: argparse.Namespace, name: str) -> None:
     kept: dict[str, Any] = {}
     lines = [task for task in WAYS if has_fim or not task.endswith("_fim")]
     for asked, limit in ((list(QUESTIONS), options.limit), (lines, options.lines)):
-        out = options.work / title / asked[0]
-        command = [sys.executable, "-m", "anyorder", "eval", *asked, "--model", name, "--limit", str(limit)]
-        command += ["--data-dir", str(options.data_dir), "--dtype", options.dtype, "--out", str(out)]
-        command += ["--execute-code"] if options.execute_code and asked is lines else []
-        print(" ".join(command), flush=True)
-        subprocess.run(command, check=True)
-        report = json.loads((out / "report.json").read_text())
+        more = ["--data-dir", str(options.data_dir), "--limit", str(limit), "--dtype", options.dtype]
+        more += ["--execute-code"] if options.execute_code and asked is lines else []
+        report = evaluated(asked, name, options.work / title / asked[0], more)
         tasks |= report["tasks"]
-        kept[asked[0]] = {key: report["settings"][key] for key in ("limit", "dtype", "versions", "data")}
+        kept[asked[0]] = settings_of(report)
     record = {"parameters": parameters, "apart": apart, "settings": kept, "tasks": tasks}
-    (options.results / f"{title}.json").write_text(json.dumps(record, indent=1) + "\n")
+    keep(options.results / f"{title}.json", **record)
 
 
 def compared(name: str) -> tuple[int, float, bool]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -166,8 +167,7 @@ def benchmark_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 
     def script(name: str) -> Any:
         monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-        found = importlib.import_module(name)
-        monkeypatch.setattr(found.subprocess, "run", run)
-        return found
+        monkeypatch.setattr(subprocess, "run", run)
+        return importlib.import_module(name)
 
     return script

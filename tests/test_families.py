@@ -15,13 +15,13 @@ from test_evaluation import data  # noqa: F401 - a fixture
 @pytest.fixture
 def sitting(benchmark_script, data, tmp_path, monkeypatch):  # noqa: F811
     """The script, asked more of a page that has been begun."""
-    script = benchmark_script("families")
+    script, tables = benchmark_script("families"), benchmark_script("eval_tables")
     monkeypatch.setattr("anyorder.evaluation.code_tasks.LONGEST_LINE", 8)  # the tiny model's context is short
     file = data / f"{TASKS['humaneval_infilling'].file}.jsonl"
     file.write_text(json.dumps(RECORD) + "\n")
     page = tmp_path / "docs" / "families.md"
     page.parent.mkdir()
-    page.write_text(f"# Ours\n\n{script.BEGIN}\nold\n{script.END}\n\nSo what.\n")
+    page.write_text(f"# Ours\n\n{tables.BEGIN}\nold\n{tables.END}\n\nSo what.\n")
 
     def run(*more):
         folders = ["--results", page.with_suffix(""), "--data-dir", data, "--work", tmp_path / "work"]
