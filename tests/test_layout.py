@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from anyorder import Factorization
-from anyorder.core.layout import describe, lay_out
+from anyorder.core.layout import Arrangement, describe, lay_out
 from factorizations import groups_of, rows
 
 
@@ -89,3 +91,17 @@ def test_description_names_rows_and_what_they_read():
         "content               ?              1          ### ### #",
         "query    ?            The            0          ### ### .",
     ]
+
+
+def test_positions_of_groups_of_their_own_come_at_once_as_one_after_the_other():
+    f = Factorization.stack([Factorization.left_to_right(6)] * 2)
+    ids, columns, counts = torch.arange(12).view(2, 6), torch.tensor([[4, 1, 5], [0, 3, 2]]), torch.tensor([3, 2])
+    at_once, in_turn = (Arrangement(ids, f, "paper") for _ in range(2))
+    at_once.append(columns, counts, together=False)
+    for k in range(3):
+        in_turn.append(columns[:, k : k + 1], (k < counts).long())
+    first = torch.zeros(2, dtype=torch.int64)
+    assert torch.equal(at_once.counts, in_turn.counts)
+    one, other = at_once.content(first, counts).alone(), in_turn.content(first, counts).alone()
+    for field in dataclasses.fields(one):
+        assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name

@@ -145,3 +145,14 @@ def test_allowed_tokens_less_some():
     assert less.masks[less.index[0]].long().tolist() == [[1, 0, 1, 0, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]]
     with pytest.raises(ValueError, match="allows none"):
         allowed.without([1, 2], torch.tensor([[False, True, False]]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 2}, {"do_sample": False}])
+def test_log_probs_are_the_models_own_whatever_the_settings(settings):
+    logits = torch.tensor([[0.0, 1.0, -150.0, 3.0], [2.0, -0.5, 0.5, 0.0]])  # the third has no probability in float32
+    place = torch.arange(2)
+    found = Evaluated(place, place, place + 1, logits)
+    own = Drawer(Sampler(**({"do_sample": True} | settings))).distribution(found, VISIBLE)
+    for token in ([3, 0], [2, 1]):
+        expected = logits.double().log_softmax(-1)[place, token].float()
+        assert torch.allclose(own.log_probs(torch.tensor(token)), expected, atol=1e-5)

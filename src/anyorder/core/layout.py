@@ -151,12 +151,13 @@ class Arrangement:
         self.counts = ((every + 1) * (groups < T)).amax(dim=1)
         return self, group_start.gather(1, self.ranks[:, :T])
 
-    def append(self, columns: Tensor, counts: Tensor) -> None:
-        """Give the next ranks to `counts[b]` columns of each row, as one group.
+    def append(self, columns: Tensor, counts: Tensor, together: bool = True) -> None:
+        """Give the next ranks to `counts[b]` columns of each row.
 
         Args:
-            columns: (B, C) int64, ascending along a row; entries from `counts[b]` on are ignored.
+            columns: (B, C) int64, of one group ascending along a row; entries from `counts[b]` on are ignored.
             counts: (B,) int64.
+            together: as one group; False: each is one, in this order.
         """
         offset = torch.arange(columns.shape[1], device=columns.device)
         used = offset < counts[:, None]
@@ -166,7 +167,7 @@ class Arrangement:
         self.counts = self.counts + counts
         self.columns.scatter_(1, rank, columns)
         self.ranks.scatter_(1, columns, rank)
-        self.ends.scatter_(1, rank, self.counts[:, None].expand_as(rank))
+        self.ends.scatter_(1, rank, self.counts[:, None].expand_as(rank) if together else rank + 1)
         self.reach.scatter_(1, rank, reach)
 
     def retract(self, counts: Tensor) -> None:

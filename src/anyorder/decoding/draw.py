@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 
 from anyorder.decoding.constraints import BlankConstraints
-from anyorder.decoding.sampling import Sampler, inverse_cdf, token_log_probs
+from anyorder.decoding.sampling import Sampler, drawn, inverse_cdf, token_log_probs
 
 NOT_FORCED = -100
 """In `forced_ids`: the position is drawn, not forced (the id that Hugging Face ignores in labels)."""
@@ -39,16 +39,44 @@ class Evaluated:
     """(N, E) hidden states, where members of a group are coupled."""
 
     def take(self, chosen: Tensor) -> Evaluated:
-        """Those where (N,) bool `chosen`."""
-        if bool(chosen.all()):
-            return self
+        """Those where (N,) bool `chosen`, or with (n,) int64 numbers, in their order."""
+        if chosen.dtype == torch.bool:
+            if bool(chosen.all()):
+                return self
+            chosen = chosen.nonzero()[:, 0]  # once, not by each of the fields
         at = chosen.to(self.logits.device)
         hidden = None if self.hidden is None else self.hidden[at]
         return Evaluated(self.row[chosen], self.column[chosen], self.hi[chosen], self.logits[at], hidden)
 
+    def between(self, first: int, end: int) -> Evaluated:
+        """Those from one on up to another, without a copy."""
+        part = slice(first, end)
+        hidden = None if self.hidden is None else self.hidden[part]
+        return Evaluated(self.row[part], self.column[part], self.hi[part], self.logits[part], hidden)
+
+
+SMALL = torch.finfo(torch.float32).tiny
+"""Below it, probabilities have fewer digits."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What the tokens of evaluated positions are drawn from."""
+
+    found: Evaluated
+    processed: Tensor
+    """(N, V) logits after the sampler's settings; what may not be drawn is -inf."""
+    probs: Tensor | None
+    """(N, V) float32; None: the most likely token is taken."""
+
     def log_probs(self, token: Tensor) -> Tensor:
-        """(N,) float32 on the CPU: log p of (N,) tokens under the model itself, in nats."""
-        return token_log_probs(self.logits, token.to(self.logits.device)).cpu()
+        """(N,) float32 on the CPU: log p of (N,) tokens under the model itself, before any setting, in nats."""
+        token = token.to(self.processed.device)
+        if self.probs is not None and self.processed is self.found.logits:  # nothing was changed: they are the model's
+            own = self.probs.gather(1, token[:, None])[:, 0].cpu()
+            if bool((own >= SMALL).all()):
+                return own.log()
+        return token_log_probs(self.found.logits, token).cpu()
 
 
 @dataclass(frozen=True)
@@ -122,13 +150,18 @@ class Drawer:
         return self.blank_constraints is not None or self.logits_processor is not None
 
     @property
+    def reads_tokens(self) -> bool:
+        """Whether it looks at any of the text at all."""
+        return self.looks_at_tokens or self.sampler.repetition_penalty is not None
+
+    @property
     def names_tokens(self) -> bool:
         """Whether anything names tokens of the vocabulary, so that logits must be of all of them."""
         said = self.sampler.allowed, self.sampler.repetition_penalty, self.told, self.forced
         return self.looks_at_tokens or self.records or any(thing is not None for thing in said)
 
-    def processed(self, found: Evaluated, visible: Visible) -> Tensor:
-        """(N, V) logits after the sampler's settings, which may look at the tokens that each prediction reads.
+    def distribution(self, found: Evaluated, visible: Visible) -> Distribution:
+        """What tokens are drawn from by the settings, which may look at the tokens that each prediction reads.
 
         Raises:
             ValueError: naming a row and a position where no token is left, or the logits are no numbers.
@@ -144,15 +177,17 @@ class Drawer:
             seen = torch.where(read, visible.ids[row], some)
         custom = None if self.logits_processor is None else lambda scores: self._called(scores, found, visible)
         processed = self.sampler.process(logits, seen, row, column, custom)
-        bad = ~processed.amax(dim=-1).isfinite()
-        if bool(bad.any()):
-            n = int(bad.nonzero()[0])
+        probs = self.sampler.probs(processed)
+        # Of logits that are no numbers, or all -inf, no probability is a number.
+        good = (processed.amax(dim=-1) if probs is None else probs[:, 0]).isfinite()
+        if not bool(good.all()):
+            n = int((~good).nonzero()[0])
             raise ValueError(_nothing_to_draw(found.logits[n], int(row[n]), int(column[n])))
         if self.told is not None:
             self.told(row, column, found.logits)
         if self.records:
             self._record(found, processed, visible.ids.shape)
-        return processed
+        return Distribution(found, processed, probs)
 
     def _called(self, scores: Tensor, found: Evaluated, visible: Visible) -> Tensor:
         """(N, V) after the user's processors; rows whose text is as long are handed over together."""
@@ -174,17 +209,17 @@ class Drawer:
         at = found.row.to(processed.device), found.column.to(processed.device)
         self.logits[at], self.scores[at] = found.logits, processed
 
-    def draw(self, found: Evaluated, uniform: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
-        """(N,) tokens on the CPU, and (N, V) the processed logits that they were drawn from.
+    def draw(self, found: Evaluated, uniform: Tensor, visible: Visible) -> tuple[Tensor, Distribution]:
+        """(N,) tokens on the CPU, and what they were drawn from.
 
         Args:
             found: the positions.
             uniform: (N,) float64 in [0, 1), one a position.
             visible: what they may look at.
         """
-        processed = self.processed(found, visible)
-        drawn = self.sampler.draw(processed, uniform)
-        return self.or_forced(drawn, found.row, found.column).cpu(), processed
+        own = self.distribution(found, visible)
+        token = drawn(own.processed, own.probs, uniform)
+        return self.or_forced(token, found.row, found.column).cpu(), own
 
     def verify(
         self,
@@ -194,7 +229,7 @@ class Drawer:
         drafts: Drafts,
         uniforms: tuple[Tensor, Tensor],
         visible: Visible,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Distribution]:
         """Accept drafts, and draw the token behind them.
 
         Args:
@@ -205,14 +240,15 @@ class Drawer:
             visible: as for `draw`.
 
         Returns:
-            (B,) how many drafts are accepted, and (B,) the token behind them (anything where no position is left).
+            (B,) how many drafts are accepted, (B,) the token behind them (anything where no position is left), and what
+            all of `found` are drawn from.
         """
         K, every = drafts.tokens.shape[1], torch.arange(len(used))
-        processed = self.processed(found, visible)
+        own = self.distribution(found, visible)
+        processed, probs = own.processed, own.probs
         number = torch.zeros(used.shape, dtype=torch.int64)  # of each verified position among the N
         number[used] = torch.arange(len(found.row))
         held = torch.arange(K) < drafts.counts[:, None]
-        probs = processed.softmax(dim=-1, dtype=torch.float32) if self.sampler.do_sample else None
         accept = self._accepts(processed, probs, number[:, :K], drafts, uniforms[0].gather(1, columns[:, :K]))
         if self.forced is not None:  # a forced token is its own draft, and the only one that is accepted
             forced = self.forced.gather(1, columns[:, :K])
@@ -221,13 +257,13 @@ class Drawer:
         final = accepted.clamp(max=used.shape[1] - 1)
         last, column = number[every, final], columns[every, final]
         if probs is None:
-            return accepted, self.or_forced(processed.argmax(dim=-1).cpu()[last], every, column)
+            return accepted, self.or_forced(processed.argmax(dim=-1).cpu()[last], every, column), own
         rejected = (accepted < drafts.counts).nonzero()[:, 0]
         weights = probs[last.to(probs.device)]
         if len(rejected):
             weights[rejected] = _what_is_left(weights[rejected], drafts, rejected, accepted[rejected])
         token = inverse_cdf(weights, uniforms[1][every, column]).cpu()
-        return accepted, self.or_forced(token, every, column)
+        return accepted, self.or_forced(token, every, column), own
 
     def _accepts(
         self, processed: Tensor, probs: Tensor | None, number: Tensor, drafts: Drafts, uniform: Tensor

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from anyorder.core.factorization import ABSENT, Factorization
 from anyorder.core.layout import Arrangement, compact, join
-from anyorder.decoding.draw import NOT_FORCED, Drafts, Drawer, Evaluated, Visible
+from anyorder.decoding.draw import NOT_FORCED, Distribution, Drafts, Drawer, Evaluated, Visible
 from anyorder.decoding.groups import Drawn, First, coupled_by, drafted_by, draw_at_once, draw_in_turn
 from anyorder.decoding.stopping import EndRule
 from anyorder.model.kv_cache import KeyValueStore
@@ -268,8 +268,8 @@ class Run:
         vocabulary = self.runner.model.vocabulary_size if self.drawer.names_tokens else None
         return draw_in_turn(drafted_by(self.runner, vocabulary), self.drawer, found, uniform, visible, first)
 
-    def verify(self, found: Evaluated, queries: Queries, drafts: Drafts) -> tuple[Tensor, Tensor]:
-        """(B,) how many drafts are accepted, and (B,) the token behind them: see `draw.Drawer`."""
+    def verify(self, found: Evaluated, queries: Queries, drafts: Drafts) -> tuple[Tensor, Tensor, Distribution]:
+        """(B,) how many drafts are accepted, (B,) the token behind them, and what it comes from: see `draw.Drawer`."""
         uniforms = self.uniforms.accept, self.uniforms.draw
         visible = Visible(self.ids, self.tokens.ranks)
         return self.drawer.verify(found, queries.used, queries.columns, drafts, uniforms, visible)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from anyorder.decoding.draw import Drawer, Evaluated, Visible
-from anyorder.decoding.sampling import token_log_probs
+from anyorder.decoding.draw import Distribution, Drawer, Evaluated, Visible
 from anyorder.runtime.runner import ModelRunner
 
 
@@ -27,19 +27,27 @@ class Drawn:
 
     token: Tensor
     """(N,) int64 on the CPU."""
-    log_prob: Tensor
-    """(N,) float32 on the CPU: under the model itself, given the members before, in nats."""
-    parts: Sequence[tuple[Tensor, Tensor]]
-    """Which of them, (N,) bool, were drawn from which logits, (n, V)."""
+    parts: Sequence[Distribution]
+    """What they were drawn from, those that were drawn together in one."""
+    places: Tensor | None = None
+    """(N,) int64: where in the parts, one behind the other, each position is; None: in their order."""
 
     @property
-    def processed(self) -> Tensor:
-        """(N, V) logits that they were drawn from."""
-        _, first = self.parts[0]
-        whole = first.new_empty(len(self.token), first.shape[1])
-        for chosen, part in self.parts:
-            whole[chosen.to(whole.device)] = part
-        return whole
+    def log_prob(self) -> Tensor:
+        """(N,) float32 on the CPU: under the model itself, given the members before, in nats."""
+        counts = [len(part.processed) for part in self.parts]
+        token = self.token if self.places is None else self.token[self.places.argsort()]
+        return self._in_order([part.log_probs(own) for part, own in zip(self.parts, token.split(counts), strict=True)])
+
+    @property
+    def probs(self) -> Tensor | None:
+        """(N, V) float32 that they were drawn by; None: each was the most likely."""
+        parts = [part.probs for part in self.parts]
+        return None if any(part is None for part in parts) else self._in_order(cast(list[Tensor], parts))
+
+    def _in_order(self, parts: list[Tensor]) -> Tensor:
+        whole = torch.cat(parts)
+        return whole if self.places is None else whole[self.places.to(whole.device)]
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class First:
 
 def draw_at_once(drawer: Drawer, found: Evaluated, uniform: Tensor, visible: Visible) -> Drawn:
     """Tokens of positions that know nothing of each other: see `Drawer.draw`."""
-    token, processed = drawer.draw(found, uniform, visible)
-    return Drawn(token, found.log_probs(token), [(torch.ones_like(token, dtype=torch.bool), processed)])
+    token, own = drawer.draw(found, uniform, visible)
+    return Drawn(token, [own])
 
 
 Logits = Callable[[Evaluated, Tensor, Tensor], Tensor]
@@ -109,29 +117,32 @@ def draw_in_turn(
         first: the first member of each row's group, if it was drawn before; its rank is the one behind those that
             `found` reads.
     """
-    row = found.row
-    offset = torch.arange(len(row))
-    begins = torch.ones(len(row), dtype=torch.bool)
-    begins[1:] = row[1:] != row[:-1]
+    offset = torch.arange(len(found.row))
+    begins = torch.ones(len(found.row), dtype=torch.bool)
+    begins[1:] = found.row[1:] != found.row[:-1]
     place = offset - (offset * begins).cummax(dim=0).values
+    counts, places = place.bincount().tolist(), None
+    if len(counts) < len(place):  # of several rows: those that are drawn together side by side
+        order = place.argsort(stable=True)
+        found, uniform, places = found.take(order), uniform[order], order.argsort()
     known = 0 if first is None else 1
-    members = torch.zeros(2, len(visible.ids), known + int(place.max()) + 1, dtype=torch.int64)  # columns and tokens
+    members = torch.zeros(2, len(visible.ids), known + len(counts), dtype=torch.int64)  # columns and tokens
     if first is not None:
         members[0, :, 0], members[1, :, 0] = first.column, first.token
-    visible = Visible(visible.ids.clone(), visible.ranks.clone())
-    token, log_prob = torch.zeros_like(row), torch.zeros(len(row))
-    parts = []
-    for number in range(known, members.shape[2]):
-        chosen = place == number - known
-        one = found.take(chosen)
+    if drawer.reads_tokens:
+        visible = Visible(visible.ids.clone(), visible.ranks.clone())
+    tokens, parts, end = [], [], 0
+    for number, count in enumerate(counts, known):
+        one, end = found.between(end, end + count), end + count
         one = replace(one, hi=one.hi + number)
         if number:
-            columns, tokens = members[:, one.row, :number].flip(2)
-            one = replace(one, logits=logits(one, tokens, (one.column[:, None] - columns).clamp(min=0)))
-        drawn, own = drawer.draw(one, uniform[chosen], visible)
-        token[chosen] = drawn
-        log_prob[chosen] = token_log_probs(one.logits, drawn.to(one.logits.device)).cpu()
-        parts.append((chosen, own))
-        members[0, one.row, number], members[1, one.row, number] = one.column, drawn
-        visible.ids[one.row, one.column], visible.ranks[one.row, one.column] = drawn, one.hi
-    return Drawn(token, log_prob, parts)
+            columns, before = members[:, one.row, :number].flip(2)
+            one = replace(one, logits=logits(one, before, (one.column[:, None] - columns).clamp(min=0)))
+        token, own = drawer.draw(one, uniform[end - count : end], visible)
+        tokens.append(token)
+        parts.append(own)
+        members[:, one.row, number] = torch.stack([one.column, token])
+        if drawer.reads_tokens:
+            visible.ids[one.row, one.column], visible.ranks[one.row, one.column] = token, one.hi
+    whole = torch.cat(tokens)
+    return Drawn(whole if places is None else whole[places], parts, places)

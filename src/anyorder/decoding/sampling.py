@@ -183,16 +183,24 @@ class Sampler:
             logits = processor(visible, logits)
         return logits
 
-    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """(N,) tokens: the argmax, or the inverse of the cumulative distribution at `uniform` in [0, 1).
+    def probs(self, logits: Tensor) -> Tensor | None:
+        """(N, V) float32 that tokens are drawn by, of (N, V) processed logits; None: the most likely one is taken."""
+        return logits.softmax(dim=-1, dtype=torch.float32) if self.do_sample else None
 
-        Args:
-            logits: (N, V), processed.
-            uniform: (N,) float64; unused when greedy.
-        """
-        if not self.do_sample:
-            return logits.argmax(dim=-1)
-        return inverse_cdf(logits.softmax(dim=-1, dtype=torch.float32), uniform)
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """(N,) tokens of (N, V) processed logits: see `drawn`."""
+        return drawn(logits, self.probs(logits), uniform)
+
+
+def drawn(logits: Tensor, probs: Tensor | None, uniform: Tensor) -> Tensor:
+    """(N,) tokens: the argmax, or the inverse of the cumulative distribution at `uniform` in [0, 1).
+
+    Args:
+        logits: (N, V), processed.
+        probs: (N, V) of `Sampler.probs`.
+        uniform: (N,) float64; unused when greedy.
+    """
+    return logits.argmax(dim=-1) if probs is None else inverse_cdf(probs, uniform)
 
 
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,8 +114,8 @@ class MemberNetwork(nn.Module):
     def summed(self, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, D, embedding size) the members of each position, summed up by which weights are for them: what `code_of`
         takes, whose products are of the same sizes whatever the distances."""
-        is_for = _numbers(distances)[:, :, None] == torch.arange(len(self.members), device=ids.device)
-        return is_for.to(self.members.dtype).transpose(1, 2) @ _unit(embed(ids), self.members.dtype)
+        is_for = _weights_by_distance(self.members.dtype, ids.device)[distances.clamp(max=_FARTHEST)]  # (N, M, D)
+        return is_for.transpose(1, 2) @ _unit(embed(ids), self.members.dtype)
 
     def code_of(self, hidden: Tensor, summed: Tensor) -> Tensor:
         """What `code` gives, to rounding, of members that are `summed` up."""
@@ -195,6 +196,18 @@ def _numbers(distances: Tensor) -> Tensor:
     """Which weights are for members at such distances; -1: none."""
     bounds = torch.tensor(DISTANCES, device=distances.device)
     return torch.bucketize(distances, bounds).masked_fill(distances == 0, -1)
+
+
+_FARTHEST = DISTANCES[-1] + 1
+"""Tokens so far away or farther share the last weights."""
+
+
+@cache
+@torch.inference_mode(False)
+def _weights_by_distance(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(distances, D) 1 where a distance's weights are, up to `_FARTHEST`: one look-up in place of four operations."""
+    numbers = _numbers(torch.arange(_FARTHEST + 1, device=device))
+    return (numbers[:, None] == torch.arange(len(DISTANCES) + 1, device=device)).to(dtype)
 
 
 def _unit(vectors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -213,11 +213,10 @@ def _drafts(run: Run, used: Tensor, drawn: Drawn) -> Drafts:
     """Tokens that were drawn for (B, K) used positions, each row's first ones, with what they were drawn from."""
     tokens = torch.zeros(used.shape, dtype=torch.int64)
     tokens[used] = drawn.token
-    probs = None
-    if run.drawer.sampler.do_sample:
-        processed = drawn.processed
-        probs = processed.new_zeros(*used.shape, processed.shape[1])
-        probs[used.to(probs.device)] = processed.softmax(dim=-1)
+    own, probs = drawn.probs, None
+    if own is not None:
+        probs = own.new_zeros(*used.shape, own.shape[1])
+        probs[used.to(probs.device)] = own
     return Drafts(tokens, used.sum(dim=1), probs).trimmed()
 
 

@@ -140,11 +140,9 @@ class SpeculativeScheduler(Scheduler):
         K = drafts.tokens.shape[1]
         self.visible = run.tokens.counts
         self.order = self._next(K + 1 + int(self.wanted.max()), self.visible)
-        for k in range(K):  # each a group of its own
-            column, one = self.order.columns[:, k], (k < drafts.counts).long()
-            row = one.nonzero()[:, 0]
-            run.ids[row, column[row]] = drafts.tokens[row, k]
-            run.tokens.append(column[:, None], one)
+        row, place = (torch.arange(K) < drafts.counts[:, None]).nonzero(as_tuple=True)
+        run.ids[row, self.order.columns[row, place]] = drafts.tokens[row, place]
+        run.tokens.append(self.order.columns[:, :K], drafts.counts, together=False)
         run.count = run.count + drafts.counts
         columns, used, hi = (part[:, : K + 1] for part in (self.order.columns, self.order.used, self.order.hi))
         used = used & (torch.arange(columns.shape[1]) <= drafts.counts[:, None])
@@ -161,7 +159,7 @@ class SpeculativeScheduler(Scheduler):
         widths = [part.columns.shape[1] for part in (self.verified, *self.rows)]
         own, *others = source.split(widths, dim=1)
         found = run.evaluate(self.verified, hidden, own)
-        accepted, token = run.verify(found, self.verified, drafts)
+        accepted, token, distribution = run.verify(found, self.verified, drafts)
 
         # Row b commits its first accepted[b] drafts and, where a position is left, the token drawn behind them.
         tokens = torch.nn.functional.pad(drafts.tokens, (0, 1))[:, : self.verified.columns.shape[1]]
@@ -171,8 +169,9 @@ class SpeculativeScheduler(Scheduler):
         committed &= self._not_behind_an_end(tokens, committed)
         kept = committed.sum(dim=1).minimum(accepted)
         drew = committed.sum(dim=1) > accepted
-        found, token = found.take(committed[self.verified.used]), tokens[committed]
-        step = run.commit(found.row, found.column, token, found.log_probs(token))
+        log_probs = distribution.log_probs(tokens[self.verified.used])[committed[self.verified.used]]
+        row, place = committed.nonzero(as_tuple=True)
+        step = run.commit(row, self.verified.columns[row, place], tokens[row, place], log_probs)
 
         run.tokens.retract(self.visible + kept)
         run.first, run.count = run.tokens.counts, drew.long()
