@@ -112,24 +112,30 @@ def test_a_replica_that_is_killed_under_load_comes_back_without_help(deployed):
     for thread in asking:
         thread.start()
     try:
-        time.sleep(2)
+        wait(lambda: len(found) >= 12)
         os.kill(before[0], signal.SIGKILL)
-        until = time.monotonic() + 120
-        while len(set(local_ray.workers(REPLICA)) - {before[0]}) < 2 and time.monotonic() < until:
-            time.sleep(0.2)
-        time.sleep(2)
+        wait(lambda: len(set(local_ray.workers(REPLICA)) - {before[0]}) == 2)
+        back = len(found)
+        wait(lambda: len(found) >= back + 12)
     finally:
         stop.set()
         for thread in asking:
             thread.join(60)
     assert not any(thread.is_alive() for thread in asking)  # none hangs
     assert set(found) <= {"right", "failed"}, set(found)
-    assert found.count("right") > 20
     assert found.count("failed") <= 2 * SLOTS  # what the replica had taken
     assert found[-6:] == ["right"] * 6
     after = local_ray.workers(REPLICA)
     assert len(after) == 2
     assert before[0] not in after
+
+
+def wait(until, seconds=120):
+    """However fast the machine is."""
+    late = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < late
+        time.sleep(0.2)
 
 
 def outcome(address, body, expected):
