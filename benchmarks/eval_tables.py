@@ -1,7 +1,8 @@
 """Tables in pages whose rows are runs of `anyorder eval`, made in as many sittings as it takes.
 
-Each row is evaluated in a folder of its own, which goes on where it was cut; when it is complete its figures go into a
-small file, and the table in the page is written anew from such files alone. What is written around a table stays.
+Each task of a row is evaluated in a folder of its own, which goes on where it was cut; when it is complete its figures
+go into the row's small file, and the table in the page is written anew from such files alone. What is written around a
+table stays.
 """
 
 from __future__ import annotations
@@ -42,8 +43,6 @@ class Table:
     columns: tuple[tuple[str, str, str], ...]
     page: str
     """Its name, without the ending, and that of the folder beside it that holds the results."""
-    settings: tuple[str, ...] = ()
-    """Options of `anyorder eval` that all rows share."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -62,6 +61,7 @@ class Table:
     def _options(self, description: str | None) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--rows", nargs="+", choices=self.rows, default=list(self.rows), help="default: all")
+        parser.add_argument("--tasks", nargs="+", choices=self.tasks, default=list(self.tasks), help="default: all")
         parser.add_argument("--data-dir", type=Path, help="records, named as `anyorder eval --list` says")
         parser.add_argument("--work", type=Path, help="folder for the evaluations")
         homeless = [name for name, row in self.rows.items() if row.model is None]
@@ -83,12 +83,19 @@ class Table:
         return options
 
     def evaluate(self, options: argparse.Namespace, name: str) -> None:
-        """Ask one row everything, and keep what came of it."""
-        row = self.rows[name]
+        """Ask one row task by task, and keep what comes of each beside what is kept of the others."""
+        row, file = self.rows[name], options.results / f"{name}.json"
         model = row.model or str(options.runs / name)
         more = ["--data-dir", str(options.data_dir), "--limit", str(options.limit), "--dtype", options.dtype]
-        report = evaluated(self.tasks, model, options.work / name, [*more, *self.settings, *row.options])
-        keep(options.results / f"{name}.json", settings=settings_of(report), tasks=report["tasks"])
+        for task in options.tasks:
+            report = evaluated([task], model, options.work / name / task, [*more, *row.options])
+            settings = settings_of(report)
+            kept = json.loads(file.read_text()) if file.is_file() else {"settings": settings, "tasks": {}}
+            for key in ("limit", "dtype"):
+                if kept["settings"][key] != settings[key]:
+                    raise SystemExit(f"{file} holds figures of another {key} than {settings[key]}: take it away first")
+            settings["data"] = kept["settings"]["data"] | settings["data"]
+            keep(file, settings=settings, tasks=kept["tasks"] | report["tasks"])
 
     def write(self, results: Path) -> None:
         """Put the table into the page beside the folder of results."""
@@ -108,10 +115,15 @@ class Table:
             lines.append(f"| {self.rows[name].title} | {' | '.join(cells)} |")
         if missing := [row.title for name, row in self.rows.items() if name not in found]:
             lines += ["", f"Not yet measured: {'; '.join(missing)}."]
-        asked = {name: [record["settings"][key] for key in ("limit", "data")] for name, record in found.items()}
-        if others := [name for name, questions in asked.items() if questions != next(iter(asked.values()))]:
+        asked = [
+            (name, task, (record["settings"]["limit"], record["settings"]["data"][task]))
+            for name, record in found.items()
+            for task in record["tasks"]
+        ]
+        first = {task: questions for _, task, questions in reversed(asked)}
+        if others := dict.fromkeys(name for name, task, questions in asked if questions != first[task]):
             raise SystemExit(
-                f"{', '.join(others)} were asked other questions than {next(iter(asked))}: measure them anew"
+                f"{', '.join(others)} were asked other questions than {next(iter(found))}: measure them anew"
             )
         return lines
 
@@ -146,7 +158,9 @@ def put_into(page: Path, lines: Sequence[str]) -> None:
 
 
 def cell(tasks: Mapping[str, Any], task: str, metric: str, way: str = "") -> str:
-    """A metric with its 95% interval: a share in percent, anything else as it is."""
+    """A metric with its 95% interval: a share in percent, anything else as it is; empty of a task not asked."""
+    if task not in tasks:
+        return ""
     one = tasks[task][metric + way * (task == "stories")]
     factor, digits = (1, 3) if any(word in metric for word in PLAIN) else (100, 1)
     value, low, high = (f"{factor * one[key]:.{digits}f}" for key in ("value", "low", "high"))

@@ -79,7 +79,7 @@ def test_the_table_is_made_in_sittings_and_keeps_what_is_written_around_it(
     assert text.endswith("\n\nSo what.\n")
     assert "old" not in text
     assert "Not yet measured: AR fine-tuning (control); masked diffusion (control); A3's recipe, all weights; " in text
-    report = json.loads((tmp_path / "work" / "base" / "report.json").read_text())["tasks"]["stories"]
+    report = json.loads((tmp_path / "work" / "base" / "stories" / "report.json").read_text())["tasks"]["stories"]
     own = report["nats_per_token_prefix_only"]
     assert f"| {own['value']:.3f} ({own['low']:.3f} to {own['high']:.3f}) |" in base
     own = json.loads((docs / "results" / "exact.json").read_text())["tasks"]["stories"]["nats_per_token"]
@@ -87,8 +87,15 @@ def test_the_table_is_made_in_sittings_and_keeps_what_is_written_around_it(
     before = page.read_text()
     sitting("--report-only")
     assert page.read_text() == before
+    with pytest.raises(SystemExit, match=r"base.json holds figures of another limit than 1"):
+        sitting("--rows", "base", "--limit", "1", "--work", tmp_path / "elsewhere")
     with pytest.raises(SystemExit, match="shipped were asked other questions than base"):
-        sitting("--rows", "shipped", "--limit", "1")
+        sitting("--rows", "shipped", "--limit", "1", "--tasks", "lambada", "--work", tmp_path / "elsewhere")
+    (docs / "results" / "shipped.json").unlink()
+    rows = sitting("--rows", "shipped", "--tasks", "lambada")  # a part of a row is one, too
+    shown = rows[-2].split(" | ")
+    assert shown[0] == f"| {script.ROWS['shipped'].title}"
+    assert [bool(one.strip(" |")) for one in shown[1:]] == [task == "lambada" for _, task, _ in script.COLUMNS]
 
 
 def test_rows_that_were_trained_need_their_folder(script, data, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -118,7 +125,9 @@ def test_judged_text_is_a_table_of_policies(
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     script.TABLE.main(script.__doc__)
     (row,) = [line for line in (tmp_path / "judged.md").read_text().splitlines() if line.startswith("| groups of 4 |")]
-    own = json.loads((tmp_path / "work" / "fours" / "report.json").read_text())["tasks"]["continuations"]
+    own = json.loads((tmp_path / "work" / "fours" / "continuations" / "report.json").read_text())["tasks"][
+        "continuations"
+    ]
     steps, varied = own["steps_per_token"], own["distinct_2"]
     assert f"| {steps['value']:.3f} (" in row
     assert f"| {100 * varied['value']:.1f} (" in row
