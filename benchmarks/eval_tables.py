@@ -53,10 +53,12 @@ class Table:
         """The command line of a script that makes this table."""
         options = self._options(description)
         options.results.mkdir(parents=True, exist_ok=True)
-        for name in [] if options.report_only else options.rows:
+        if options.report_only:
+            self.write(options.results)
+            return
+        for name in options.rows:
             self.evaluate(options, name)
             self.write(options.results)
-        self.write(options.results)
 
     def _options(self, description: str | None) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,15 +89,19 @@ class Table:
         row, file = self.rows[name], options.results / f"{name}.json"
         model = row.model or str(options.runs / name)
         more = ["--data-dir", str(options.data_dir), "--limit", str(options.limit), "--dtype", options.dtype]
+        kept: dict[str, Any] = (
+            json.loads(file.read_text()) if file.is_file() else {"settings": {"data": {}}, "tasks": {}}
+        )
+        for key in ("limit", "dtype"):  # before anything is measured in vain
+            wanted = getattr(options, key)
+            if kept["settings"].get(key, wanted) != wanted:
+                raise SystemExit(f"{file} holds figures of another {key} than {wanted}: take it away first")
         for task in options.tasks:
             report = evaluated([task], model, options.work / name / task, [*more, *row.options])
             settings = settings_of(report)
-            kept = json.loads(file.read_text()) if file.is_file() else {"settings": settings, "tasks": {}}
-            for key in ("limit", "dtype"):
-                if kept["settings"][key] != settings[key]:
-                    raise SystemExit(f"{file} holds figures of another {key} than {settings[key]}: take it away first")
             settings["data"] = kept["settings"]["data"] | settings["data"]
-            keep(file, settings=settings, tasks=kept["tasks"] | report["tasks"])
+            kept = {"settings": settings, "tasks": kept["tasks"] | report["tasks"]}
+            keep(file, **kept)
 
     def write(self, results: Path) -> None:
         """Put the table into the page beside the folder of results."""
