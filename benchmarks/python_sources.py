@@ -5,6 +5,9 @@
 Only packages whose own metadata names a permissive licence are read (MIT, BSD, Apache, PSF, ISC); which they are, and
 how much comes from each, is printed. Pieces are whole definitions where they fit, cut at blank lines where they do not;
 files that are tests, generated or vendored are left out. Packages take turns, so that none fills the whole.
+
+With --blank-lines each piece names lines of its own that training may leave out (`anyorder adapt`, own_blanks): half
+from behind their indentation on, as an editor's cursor stands, a quarter whole, a quarter from anywhere in the line.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="file to write, .jsonl of {text, package}")
     parser.add_argument("--characters", type=int, default=3_000_000, help="in all; default: 3000000")
+    parser.add_argument("--blank-lines", type=int, default=0, help="of each piece, at most; default: 0")
     options = parser.parse_args()
     found = {name: pieces(files) for name, files in sorted(packages().items())}
     taken: dict[str, int] = {}
@@ -36,10 +40,31 @@ def main() -> None:
         for name, piece in in_turn(found):
             if sum(taken.values()) >= options.characters:
                 break
-            out.write(json.dumps({"text": piece, "package": name}) + "\n")
+            record: dict[str, object] = {"text": piece, "package": name}
+            if options.blank_lines:
+                record["blanks"] = blank_lines(piece, options.blank_lines)
+            out.write(json.dumps(record) + "\n")
             taken[name] = taken.get(name, 0) + len(piece)
     for name, count in sorted(taken.items(), key=lambda item: -item[1]):
         print(f"{count:9,} {name}")
+
+
+def blank_lines(text: str, most: int) -> list[tuple[int, int]]:
+    """The characters of some lines of a text, none the first, no two of them neighbours; the same for the same text."""
+    chooser = random.Random(text)
+    starts = [0, *(match.end() for match in re.finditer("\n", text)), len(text) + 1]
+    lines = [n for n in range(1, len(starts) - 1) if text[starts[n] : starts[n + 1] - 1].strip()]
+    taken: list[int] = []
+    for n in chooser.sample(lines, len(lines)):
+        if len(taken) < most and not {n - 1, n + 1} & set(taken):
+            taken.append(n)
+    out = []
+    for n in sorted(taken):
+        first, end = starts[n], starts[n + 1] - 1
+        indented = end - len(text[first:end].lstrip())
+        begin = chooser.choice([indented, indented, first, chooser.randrange(indented, end)])
+        out.append((begin, end))
+    return out
 
 
 def packages() -> dict[str, list[Path]]:

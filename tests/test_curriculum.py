@@ -11,6 +11,7 @@ from anyorder.training.curriculum import (
     Curriculum,
     Document,
     LeftToRight,
+    OwnBlanks,
     PrefixSuffix,
     RandomGroups,
     SentenceBlanks,
@@ -75,6 +76,19 @@ def test_sentence_blanks_are_whole_sentences():
         seen.add(chosen)
     assert len(seen) == 4 + 6  # every one and every pair
     assert draws(SentenceBlanks(), 3, Document(9))[0].is_predicted.any()
+
+
+def test_own_blanks_are_those_of_the_text():
+    document = Document(20, (), ((2, 5), (7, 8), (15, 20)))
+    seen = set()
+    for f in draws(OwnBlanks(2), document=document):
+        blank = f.is_predicted[0].nonzero()[:, 0].tolist()
+        chosen = tuple(own for own in document.blanks if own[0] in blank)
+        assert blank == [i for first, end in chosen for i in range(first, end)]
+        assert torch.equal(f.group_ids[0, blank], torch.arange(len(blank)))
+        seen.add(chosen)
+    assert len(seen) == 3 + 3  # every one and every pair
+    assert draws(OwnBlanks(), 3, Document(9))[0].is_predicted.any()
 
 
 def test_the_shortest_documents_have_something_to_predict():

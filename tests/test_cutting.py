@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("datasets", reason="training needs the train extra")
 
+from anyorder.infill.encoding import Blanks
+from anyorder.infill.pieces import Pieces
+from anyorder.infill.template import Template
 from anyorder.training import cutting
 
 SENTENCE = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
@@ -64,6 +67,49 @@ def test_documents_are_those_of_the_plain_definition(kind, request, monkeypatch)
 
     check()
     assert parted == {False, True}  # else nothing was put together
+
+
+@pytest.mark.parametrize("kind", ["byte_tokenizer", "space_adding_tokenizer"])
+def test_blanks_are_tokenized_as_an_infill_meets_them(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    pieces = Pieces(tokenizer)
+
+    @given(st.lists(TEXTS.filter(bool), min_size=2, max_size=6), st.integers(2, 40), st.booleans())
+    def check(parts, max_length, first_is_blank):
+        text = "".join(parts)
+        ends = [len("".join(parts[: k + 1])) for k in range(len(parts))]
+        ranges = list(zip([0, *ends[:-1]], ends, strict=True))[not first_is_blank :: 2]
+        around = [
+            text[a:b] for a, b in zip([0, *(b for _, b in ranges)], [a for a, _ in ranges] + [len(text)], strict=True)
+        ]
+        template = Template(tuple(around))
+        asked = Blanks(pieces, [])
+        own = [asked.encode_fill(template, k, text[a:b]) for k, (a, b) in enumerate(ranges)]
+        expected = asked.encode(template, [len(ids) for ids in own], {})
+        found = list(cutting.cut_around(text, ranges, pieces, max_length, 1))
+        assert all(document.ids[0] == 1 and len(document.ids) <= max_length for document in found)
+        assert [i for document in found for i in document.ids[1:].tolist()] == [
+            i if k < 0 else own[k].pop(0) for i, k in zip(expected.ids, expected.blank, strict=True)
+        ]
+        blank = [any(a <= i < b for a, b in d.blanks) for d in found for i in range(1, len(d.ids))]
+        assert blank == [k >= 0 for k in expected.blank]
+
+    check()
+
+
+def test_a_line_end_does_not_grow_together_with_a_blank_before_it(byte_tokenizer):
+    (document,) = cutting.cut_around("cab ab", [(1, 2), (4, 5)], Pieces(byte_tokenizer), 40, 1)
+    parts = ["c", "a", "b", " a", "b"]  # canonically "ab" is one token
+    assert [byte_tokenizer.decode([i]) for i in document.ids[1:]] == parts
+    assert [parts[a - 1 : b - 1] for a, b in document.blanks] == [["a"], [" a"]]
+
+
+@pytest.mark.parametrize(
+    "blank", [[[2, 2]], [[3, 1]], [[0, 9]], [[-1, 2]], [[0, 2], [2, 3]], [[2, 3], [0, 1]], [3], "ab"]
+)
+def test_blanks_that_are_none_are_named(blank, byte_tokenizer):
+    with pytest.raises(ValueError, match=r"blanks must be .* of a text of 4 characters; got "):
+        list(cutting.cut_around("abcd", blank, Pieces(byte_tokenizer), 40, 1))
 
 
 def lines_run(function, file):

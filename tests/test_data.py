@@ -71,6 +71,45 @@ def test_long_texts_are_cut_at_sentences_and_nothing_is_lost(byte_tokenizer):
     assert all(int(d.ids[0]) == byte_tokenizer.bos_token_id for d in documents)
 
 
+def test_blanks_of_a_text_come_through_files_beside_texts_without(tmp_path, byte_tokenizer):
+    records = [{"text": "abc def", "blanks": [[4, 6]]}, {"text": "One. Two."}, {"text": "xyz", "blanks": []}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "none.jsonl").write_text('{"text": "plain", "other": 1}\n')
+    for streaming in (False, True):
+        found = [
+            tokenized(open_texts(tmp_path / n, streaming), byte_tokenizer, 40) for n in ("own.jsonl", "none.jsonl")
+        ]
+        shapes = {
+            byte_tokenizer.decode(r["ids"][1:]): ([*map(list, r["blanks"])], r["sentence_starts"])
+            for own in found
+            for r in own
+        }
+        assert shapes == {
+            "abc def": ([[3, 6]], []),  # of <s> ab c _ d e f, with the space in front of it
+            "One. Two.": ([], [1, 5]),
+            "xyz": ([], [1]),
+            "plain": ([], [1]),
+        }
+    tables = [tokenize([text], byte_tokenizer, 40) for text in ("one", "two")]
+    assert (
+        len(
+            Sequences(
+                [Documents(tokenized(open_texts(tmp_path / "own.jsonl"), byte_tokenizer, 40)), *tables],
+                64,
+                BUILT_IN["exact"],
+                3,
+            )
+        )
+        == 3
+    )
+
+
+def test_blanks_that_are_none_name_the_text(tmp_path, byte_tokenizer):
+    (tmp_path / "bad.jsonl").write_text('{"text": "abc", "blanks": [[2, 9]]}\n')
+    with pytest.raises(ValueError, match=r"blanks must be .*3 characters; got \[2, 9\]"):
+        tokenized(open_texts(tmp_path / "bad.jsonl"), byte_tokenizer, 40)
+
+
 def test_every_document_is_seen_once_an_epoch():
     docs = documents()
     data = Sequences([docs], 16, BUILT_IN["exact"], count=100)

@@ -4,7 +4,7 @@ A *regime* is a distribution over factorizations of one document; a *stage* is a
 number of sequences; a *curriculum* is a list of stages. Each document draws its own factorization from a generator
 that is a function of (seed, sequence, document): the same whatever the batch, the workers or the interruptions.
 
-Knows positions and sentence starts; no tokens, no model.
+Knows positions, sentence starts and a text's own blanks; no tokens, no model.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ MIN_LENGTH = 2
 
 @dataclass(frozen=True)
 class Document:
-    """What a regime may look at: how long the document is, and where its sentences start."""
+    """What a regime may look at: how long the document is, where its sentences start and where its blanks are."""
 
     length: int
     sentence_starts: tuple[int, ...] = ()
     """Ascending positions, the first sentence's included; empty: not known."""
+    blanks: tuple[tuple[int, int], ...] = ()
+    """Blanks that the text itself has: ascending positions of the first and behind the last, none at 0."""
 
 
 class Regime(ABC):
@@ -134,6 +136,29 @@ class SentenceBlanks(Regime):
 
 
 @dataclass(frozen=True)
+class OwnBlanks(Regime):
+    """One to `blanks` of the blanks that the text itself has; without any, as `Spans`."""
+
+    name: ClassVar[str] = "own_blanks"
+    blanks: int = 1
+    group_sizes: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        _whole("blanks", (self.blanks,))
+        _whole("group_sizes", self.group_sizes)
+
+    def draw(self, document: Document, generator: torch.Generator) -> Factorization:
+        own = document.blanks
+        if not own:
+            return Spans(self.blanks, group_sizes=self.group_sizes).draw(document, generator)
+        blank = torch.zeros(document.length, dtype=torch.bool)
+        count = 1 + int(_uniform(generator) * min(self.blanks, len(own)))
+        for k in torch.randperm(len(own), generator=generator)[:count].tolist():
+            blank[own[k][0] : own[k][1]] = True
+        return Factorization.infill(blank, _choose(self.group_sizes, generator))
+
+
+@dataclass(frozen=True)
 class PrefixSuffix(Regime):
     """A prefix and a suffix are given, each as long as chance will have it; the middle is filled from left to right."""
 
@@ -151,7 +176,7 @@ class PrefixSuffix(Regime):
 
 
 REGIMES: dict[str, type[Regime]] = {
-    regime.name: regime for regime in (LeftToRight, RandomGroups, Spans, SentenceBlanks, PrefixSuffix)
+    regime.name: regime for regime in (LeftToRight, RandomGroups, Spans, SentenceBlanks, OwnBlanks, PrefixSuffix)
 }
 
 

@@ -4,6 +4,10 @@ A long text is tokenized piece by piece: the tokenizer's own record of a token i
 tokens of a large file at once. Two pieces part only where the tokenizer is seen to part its tokens too, so that the ids
 are those of the whole text.
 
+A text may name blanks: characters that a user would leave out. What stands in them and around them is tokenized each
+for itself, as an infill meets it: a tokenizer that joins the last character of a line with the line end would not part
+them where the blank ends (the reason why fill-in-the-middle is trained on characters; arXiv 2207.14255, section 3).
+
 Knows strings and ids; nothing of files, data sets or factorizations.
 """
 
@@ -13,12 +17,16 @@ import bisect
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+
+from anyorder.infill.encoding import Blanks
+from anyorder.infill.pieces import Pieces
+from anyorder.infill.template import Template
 
 PIECE = 1 << 16
 """Characters that are tokenized as one."""
@@ -40,10 +48,12 @@ class Cut:
     Attributes:
         ids: (tokens,) int64, the start token included.
         sentence_starts: ascending positions in `ids` at which sentences start.
+        blanks: ascending positions of each blank's first token and of the token behind its last.
     """
 
     ids: Ids
-    sentence_starts: list[int]
+    sentence_starts: list[int] = field(default_factory=list)
+    blanks: list[tuple[int, int]] = field(default_factory=list)
 
 
 def cut(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, start: int) -> Iterator[Cut]:
@@ -64,6 +74,49 @@ def cut(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: in
             document[0], document[1:] = start, ids[begin:end]
             yield Cut(document, [s - begin + 1 for s in starts[first:after]])
             begin, first = end, after
+
+
+def cut_around(
+    text: str, blanks: Sequence[Sequence[int]], pieces: Pieces, max_length: int, start: int
+) -> Iterator[Cut]:
+    """The documents of a text with blanks, full but for the last; of a blank that is cut each has its part.
+
+    Args:
+        text: not empty.
+        blanks: (first character, the one behind the last) of each, ascending, none touching another.
+        pieces: the tokenizer.
+        max_length: of a document, in tokens.
+        start: id in front of each document.
+
+    Raises:
+        ValueError: naming the blank that is none.
+    """
+    template, inside = _template(text, blanks)
+    encoding = Blanks(pieces, [])
+    own = {k: encoding.encode_fill(template, k, fill) for k, fill in enumerate(inside)}
+    whole = encoding.encode(template, [0] * len(own), own)
+    ids, numbers = np.array(whole.ids, np.int64), np.array(whole.blank, np.int64)
+    for begin in range(0, len(ids), max_length - 1):
+        here = slice(begin, begin + max_length - 1)
+        places = (1 + np.flatnonzero(numbers[here] == k) for k in np.unique(numbers[here]) if k >= 0)
+        found = [(int(place[0]), int(place[-1]) + 1) for place in places]
+        yield Cut(np.concatenate([np.array([start], np.int64), ids[here]]), blanks=found)
+
+
+def _template(text: str, blanks: Sequence[Sequence[int]]) -> tuple[Template, list[str]]:
+    """What stands around the blanks, and in each."""
+    around, inside, done = [], [], -1
+    for blank in blanks:
+        whole = isinstance(blank, list | tuple) and len(blank) == 2 and all(isinstance(n, int) for n in blank)
+        if not whole or not max(0, done + 1) <= blank[0] < blank[1] <= len(text):
+            raise ValueError(
+                "blanks must be [first character, the one behind the last] in ascending order, none touching another, "
+                f"of a text of {len(text)} characters; got {blank!r} in {blanks!r}"
+            )
+        around.append(text[max(0, done) : blank[0]])
+        inside.append(text[blank[0] : blank[1]])
+        done = blank[1]
+    return Template((*around, text[max(0, done) :])), inside
 
 
 def _sentence_starts(text: str, begins: _Small) -> list[int]:

@@ -1,7 +1,8 @@
 """Texts from local files or from the hub -> documents of token ids, through `datasets`.
 
 A source is the path of a file, or a data set `owner/name[:config[:split]]` of the hub (or a directory of that form).
-Its records have a column 'text'. A text longer than a document may be is cut into several, at sentence ends where it
+Its records have a column 'text', and may have one 'blanks': for each text the characters that may be left out, as
+[[first, behind the last], ...]. A text longer than a document may be is cut into several, at sentence ends where it
 can; nothing is thrown away. Documents lie in Arrow files that are mapped into memory, or come from a stream.
 """
 
@@ -20,15 +21,17 @@ from transformers import PreTrainedTokenizerBase
 
 from anyorder.infill.pieces import Pieces
 from anyorder.training.curriculum import MIN_LENGTH, Document
-from anyorder.training.cutting import cut
+from anyorder.training.cutting import cut, cut_around
 
 FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+COLUMNS = ("text", "blanks")
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:]*))?(:(?P<split>[^:]+))?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:|$)")
 
 
 def open_texts(source: str | Path, streaming: bool = False) -> Any:
-    """The data set of a source, with the one column 'text': a `datasets.Dataset`, or an `IterableDataset` of a stream.
+    """The columns 'text' and, where there is one, 'blanks' of a source: a `datasets.Dataset`, or an `IterableDataset`
+    of a stream.
 
     Raises:
         ValueError: naming the source that is missing, unreadable, of an unknown kind or without texts.
@@ -56,7 +59,7 @@ def open_texts(source: str | Path, streaming: bool = False) -> Any:
         raise ValueError(f"{source} cannot be read as {kind or 'a data set'}: {reason}") from error
     if "text" not in columns:
         raise ValueError(f"{source} has no column 'text' but {', '.join(columns)}")
-    return found.select_columns("text")
+    return found.select_columns([name for name in COLUMNS if name in columns])
 
 
 def _data_set(source: str) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def read_texts(sources: Sequence[str | Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """Ids of one document, its start token included, and where its sentences start."""
+    """Ids of one document, its start token included, and where its sentences start and its blanks are."""
 
     ids: Tensor
     shape: Document
@@ -90,7 +93,8 @@ class TokenDocument:
     @classmethod
     def of(cls, record: dict[str, Any]) -> TokenDocument:
         """From a record of `tokenized`."""
-        return cls(torch.tensor(record["ids"]), Document(len(record["ids"]), tuple(record["sentence_starts"])))
+        blanks = tuple((first, end) for first, end in record["blanks"])
+        return cls(torch.tensor(record["ids"]), Document(len(record["ids"]), tuple(record["sentence_starts"]), blanks))
 
 
 class Documents(Sequence[TokenDocument]):
@@ -120,11 +124,16 @@ class Documents(Sequence[TokenDocument]):
 
 
 def tokenized(texts: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
-    """A data set of texts as one of documents: columns ids, sentence_starts, length."""
+    """A data set of texts as one of documents: columns ids, sentence_starts, blanks, length."""
+    import datasets
+
     if max_length < MIN_LENGTH:
         raise ValueError(f"documents need at least {MIN_LENGTH} tokens, got a length of {max_length}")
     records = functools.partial(_records, tokenizer=tokenizer, max_length=max_length)
-    return texts.map(records, batched=True, remove_columns=["text"])
+    whole = datasets.Value("int64")
+    features = {"ids": [whole], "sentence_starts": [whole], "blanks": [[whole]], "length": whole}
+    columns = texts.column_names or list(COLUMNS)
+    return texts.map(records, batched=True, remove_columns=columns, features=datasets.Features(features))
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Documents:
@@ -135,12 +144,17 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_lengt
 
 
 def _records(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
-    start = Pieces(tokenizer).start_token()
-    texts = [text for text in batch["text"] if isinstance(text, str)]
-    found = list(cut(texts, tokenizer, max_length, start))
-    starts = [document.sentence_starts for document in found]
+    pieces = Pieces(tokenizer)
+    start = pieces.start_token()
+    blanks = batch.get("blanks") or [None] * len(batch["text"])
+    texts = [(text, own) for text, own in zip(batch["text"], blanks, strict=True) if isinstance(text, str)]
+    found = list(cut([text for text, own in texts if not own], tokenizer, max_length, start))
+    for text, own in texts:
+        if own:
+            found += cut_around(text, own, pieces, max_length, start)
     return {
         "ids": [document.ids for document in found],
-        "sentence_starts": starts,
-        "length": [len(d.ids) for d in found],
+        "sentence_starts": [document.sentence_starts for document in found],
+        "blanks": [document.blanks for document in found],
+        "length": [len(document.ids) for document in found],
     }
