@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from anyorder import AnyOrderForCausalLM, Infiller
 from anyorder.infill.lengths import AUTO, NEUTRAL, LengthPrior
+from anyorder.infill.seeking import Seeker
 from anyorder.infill.template import Template
 from anyorder.scoring import conditional_log_likelihood
 from anyorder.training import length_fitting
@@ -86,6 +87,19 @@ def test_the_command_writes_what_the_model_is_loaded_with(capsys, model, texts):
     assert again == report
     code, out, _ = run(capsys, "fit-lengths", model, "--train-file", texts)
     assert "fitted on 40 blanks" in out
+
+
+def test_a_text_that_names_blanks_is_asked_about_one_of_those(tmp_path, capsys, model, monkeypatch):
+    asked = []
+    tries = Seeker.tries
+    monkeypatch.setattr(Seeker, "tries", lambda own, templates: asked.extend(templates) or tries(own, templates))
+    file = tmp_path / "own.jsonl"
+    record = {"text": "a cat = ab b", "blanks": [[2, 5], [8, 10]]}
+    file.write_text(f"{json.dumps(record)}\n" * 40)
+    code, _, errors = run(capsys, "fit-lengths", model, "--train-file", file, "--blanks", 30)
+    assert code == 0, errors
+    assert len(asked) == 30
+    assert {template.pieces for template in asked} == {("a ", " = ab b"), ("a cat = ", " b")}
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(capsys, tmp_path, checkpoint, model, texts):

@@ -32,13 +32,13 @@ def add(subparsers: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from anyorder.training.length_fitting import fit_lengths, read_config, write_prior
-    from anyorder.training.texts import read_texts
+    from anyorder.training.texts import read_records
 
     read_config(options.directory)  # a mistake is told before anything is paid for
-    texts = read_texts(options.train_file)
+    records = read_records(options.train_file)
     options.model = str(options.directory)
     model, tokenizer = load_model(options)
-    found = fit_lengths(model, tokenizer, texts, options.blanks, options.seed)
+    found = fit_lengths(model, tokenizer, records, options.blanks, options.seed)
     write_prior(options.directory, found.prior)
     if options.json:
         print_json(found.report())

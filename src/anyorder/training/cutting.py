@@ -91,7 +91,7 @@ def cut_around(
     Raises:
         ValueError: naming the blank that is none.
     """
-    template, inside = _template(text, blanks)
+    template, inside = parted(text, blanks)
     encoding = Blanks(pieces, [])
     own = {k: encoding.encode_fill(template, k, fill) for k, fill in enumerate(inside)}
     whole = encoding.encode(template, [0] * len(own), own)
@@ -103,8 +103,8 @@ def cut_around(
         yield Cut(np.concatenate([np.array([start], np.int64), ids[here]]), blanks=found)
 
 
-def _template(text: str, blanks: Sequence[Sequence[int]]) -> tuple[Template, list[str]]:
-    """What stands around the blanks, and in each."""
+def parted(text: str, blanks: Sequence[Sequence[int]]) -> tuple[Template, list[str]]:
+    """What stands around the blanks of a text, and in each; as for `cut_around`."""
     around, inside, done = [], [], -1
     for blank in blanks:
         whole = isinstance(blank, list | tuple) and len(blank) == 2 and all(isinstance(n, int) for n in blank)

@@ -1,8 +1,9 @@
 """The length prior of a model, fitted on texts: blanks are made where the true length is known.
 
-Half of the blanks are a whole sentence. The other half are some words of a sentence, one to MOST_WORDS of them and the
-fewer the likelier (k words in proportion to 1/k), as blanks that people write are. The model is asked about every
-length of `auto`; the weights are those under which the true ones are likeliest (`infill.lengths`).
+Of a text that names blanks of its own, one of those is taken. Of the others, half of the blanks are a whole sentence,
+half some words of a sentence, one to MOST_WORDS of them and the fewer the likelier (k words in proportion to 1/k), as
+blanks that people write are. The model is asked about every length of `auto`; the weights are those under which the true
+ones are likeliest (`infill.lengths`).
 
 This module knows texts, blanks and a model; what the weights mean it does not know.
 """
@@ -28,6 +29,7 @@ from anyorder.infill.lengths import AUTO, NEUTRAL, LengthPrior, Tries, chosen, f
 from anyorder.infill.template import Template
 from anyorder.model.configuration import AnyOrderConfig
 from anyorder.modeling import AnyOrderForCausalLM
+from anyorder.training.cutting import parted
 
 MOST_WORDS = 8
 SENTENCES = 6
@@ -58,14 +60,19 @@ class Fit:
 
 
 def fit_lengths(
-    model: AnyOrderForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int, seed: int = 0
+    model: AnyOrderForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[tuple[str, Sequence[Sequence[int]]]],
+    limit: int,
+    seed: int = 0,
 ) -> Fit:
-    """Fit a prior on blanks in the first `limit` texts that can have one.
+    """Fit a prior on one blank each in the first `limit` texts that can have one.
 
     Args:
         model: a converted model.
         tokenizer: its.
-        texts: ordinary text, at least two sentences or a sentence of some words each.
+        records: texts, and the blanks that each names as (first character, the one behind the last). One that names
+            none is ordinary text, at least two sentences or a sentence of some words.
         limit: blanks.
         seed: of the places where the blanks are.
 
@@ -74,8 +81,12 @@ def fit_lengths(
     """
     seeker, chooser = Infiller(model, tokenizer, length_prior=NEUTRAL).seeker, random.Random(seed)
     made: list[tuple[Template, int]] = []
-    for text in texts:
-        blank = make_blank(text, chooser, whole_sentence=len(made) % 2 == 1)
+    for text, named in records:
+        if named:
+            template, inside = parted(text, [chooser.choice(named)])
+            blank: tuple[Template, str] | None = (template, inside[0])
+        else:
+            blank = make_blank(text, chooser, whole_sentence=len(made) % 2 == 1)
         if blank is not None and len(made) < limit:
             template, own = blank
             count = seeker.count_tokens(template, 0, own)
@@ -83,7 +94,7 @@ def fit_lengths(
                 made.append((template, count))
     if len(made) < LEAST_CASES:
         raise ValueError(
-            f"only {len(made)} of {len(texts)} texts can have a blank to fit on, {LEAST_CASES} are needed: give more "
+            f"only {len(made)} of {len(records)} texts can have a blank to fit on, {LEAST_CASES} are needed: give more "
             "texts, of several sentences each"
         )
     cases: list[tuple[Tries, int]] = []

@@ -9,6 +9,7 @@ can; nothing is thrown away. Documents lie in Arrow files that are mapped into m
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,13 +75,21 @@ def _data_set(source: str) -> dict[str, Any]:
 
 def read_texts(sources: Sequence[str | Path]) -> list[str]:
     """All texts of some sources, as a list; see `open_texts`."""
-    texts: list[str] = []
+    return [text for text, _ in read_records(sources)]
+
+
+def read_records(sources: Sequence[str | Path]) -> list[tuple[str, list[list[int]]]]:
+    """All texts of some sources with the blanks that each names; see `open_texts`."""
+    records: list[tuple[str, list[list[int]]]] = []
     for source in sources:
-        found = [text for text in open_texts(source)["text"] if isinstance(text, str) and text.strip()]
+        table = open_texts(source)
+        blanks = table["blanks"] if "blanks" in table.column_names else itertools.repeat(None)
+        pairs = zip(table["text"], blanks, strict=False)
+        found = [(text, own or []) for text, own in pairs if isinstance(text, str) and text.strip()]
         if not found:
             raise ValueError(f"{source} holds no text")
-        texts += found
-    return texts
+        records += found
+    return records
 
 
 @dataclass(frozen=True)
