@@ -2,8 +2,8 @@
 
 Of a text that names blanks of its own, one of those is taken. Of the others, half of the blanks are a whole sentence,
 half some words of a sentence, one to MOST_WORDS of them and the fewer the likelier (k words in proportion to 1/k), as
-blanks that people write are. The model is asked about every length of `auto`; the weights are those under which the true
-ones are likeliest (`infill.lengths`).
+blanks that people write are. The model is asked about every length of `auto`; the weights are those under which the
+true ones are likeliest (`infill.lengths`).
 
 This module knows texts, blanks and a model; what the weights mean it does not know.
 """
