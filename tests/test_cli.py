@@ -42,6 +42,10 @@ def test_infill_finds_lengths(capsys, checkpoint):
     expected = Infiller(*load(str(checkpoint)))("a ___ b ___", length=[(2, 4), "auto"])
     assert record["text"] == expected.text
     assert list(record["spans"][0]["lengths"]) == ["2", "3", "4"]
+    several = json.loads(run(capsys, *arguments, "--length", "2-4", "auto", "--tries", 50)[1])
+    best = Infiller(*load(str(checkpoint)))("a ___ b ___", length=[(2, 4), "auto"], tries=50)
+    assert several["text"] == best.text
+    assert several["log_prob"] == pytest.approx(best.log_prob)
     for wrong in ("2-", "x", "0-3", "automatic"):
         with pytest.raises(SystemExit):
             main([*map(str, arguments), "--length", wrong])

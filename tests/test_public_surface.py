@@ -92,7 +92,7 @@ OPTIONS = {
     | TEXTS
     | SAMPLING
     | ORDER
-    | {"--blank", "--chat", "--length", "--special-tokens", "--policy", "--choice", "--pattern"}
+    | {"--blank", "--chat", "--length", "--tries", "--special-tokens", "--policy", "--choice", "--pattern"}
     | {"--single-line", "--no-single-line"}
     | WATCHING,
     "plot": COMMON,

@@ -17,6 +17,7 @@ from anyorder.cli.options import (
     length,
     messages_of,
     policy_of,
+    positive,
     sampling_options,
     typed,
 )
@@ -48,6 +49,10 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--length", type=length, nargs="+", metavar="N",
         help="tokens of every blank, or one for each: a number, a range such as 2-6, or auto; default: auto",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tries", type=positive, default=1, metavar="N",
+        help="fill at this many of the likeliest lengths and keep what is likeliest; for lines of programs; default: 1",
     )  # fmt: skip
     add_order(parser)
     add_policy(parser)
@@ -115,7 +120,7 @@ def _begin(
             filled = infiller(
                 text, blank=options.blank, group_size=options.group_size, order=options.order, policy=policy,
                 constraints=constraint, special_tokens=options.special_tokens, single_line=options.single_line,
-                watch=watch, **more, **sampling_options(options, number, runner),
+                tries=options.tries, watch=watch, **more, **sampling_options(options, number, runner),
             )  # fmt: skip
         record = {
             "text": filled.text,

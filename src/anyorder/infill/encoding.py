@@ -105,6 +105,15 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
+def columns_of(encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a batch, each (B, T): ids int64; the number of each position's blank int64, -1 for fixed text; 1 where a
+    position is of the text, int64; and whether it is to be filled, bool."""
+    ids, blanks = pad([e.ids for e in encoded], 0), pad([e.blank for e in encoded], -1)
+    mask = pad([[1] * len(e.ids) for e in encoded], 0)
+    is_open = pad([[int(k >= 0 and k not in e.decided) for k in e.blank] for e in encoded], 0).bool()
+    return ids, blanks, mask, is_open
+
+
 def check_context(encoded: Sequence[Encoded], limit: int | None) -> None:
     """Raise ValueError if a text has more positions than a model's context."""
     for number, e in enumerate(encoded):

@@ -27,13 +27,14 @@ from anyorder.decoding.generate import generate_from
 from anyorder.decoding.policies import Policy, speculative
 from anyorder.decoding.sampling import DRAWING, does_sample
 from anyorder.infill.chat import chat_prefix
-from anyorder.infill.encoding import Blanks, Encoded, by_blank, check_context, pad
+from anyorder.infill.encoding import Blanks, Encoded, by_blank, check_context, columns_of
 from anyorder.infill.lengths import DEFAULT, LengthPrior, candidates
 from anyorder.infill.pieces import Pieces
 from anyorder.infill.seeking import Seeker, Sought
 from anyorder.infill.template import BLANK, Template
 from anyorder.infill.token_bytes import TokenBytes
 from anyorder.infill.token_rules import TokenRules
+from anyorder.infill.tries import Variants, check_tries
 from anyorder.model.compatibility import context_length
 from anyorder.modeling import AnyOrderForCausalLM
 
@@ -133,6 +134,8 @@ class Infiller:
                 for each. Choices have lengths of their own and are decided first, from left to right.
             blank_order: numbers of blanks, from 0, in the order in which they are filled; blanks that it leaves out
                 come last, from left to right.
+            tries: at how many of its likeliest lengths a text is filled, of which the likeliest is kept, lengths and
+                tokens together (see `tries`); default 1. More tries take more time, and suit lines of programs.
             suppress_tokens: ids that no blank may hold.
             single_line: whether blanks hold no line end; default: those of texts that have none themselves, unless a
                 pattern says what a blank holds.
@@ -174,10 +177,12 @@ class Infiller:
         blank_order: Sequence[int] | None = None,
         suppress_tokens: Sequence[int] | None = None,
         single_line: bool | None = None,
+        tries: int = 1,
         generator: Generators = None,
         watch: Watcher | None = None,
         **sampling: Any,
     ) -> list[Infill]:
+        check_tries(tries, watch is not None)
         wanted = [_for_each_blank(constraints, template.blanks) for template in templates]
         rules = TokenRules(self.token_bytes, self._blanks, self._automata, special_tokens, suppress_tokens, single_line)
         templates = [rules.settle_spaces(*one) for one in zip(templates, wanted, tried, strict=True)]
@@ -187,14 +192,11 @@ class Infiller:
         heat = (sampling.get("temperature") or 1.0) if do_sample else None
         sources = generators if generators is not None else [None] * len(templates)
         sought = self.seeker.seek(templates, tried, wanted, rules.suppressed, sources, heat, sampling.get("runner"))
-        encoded = [
-            self._blanks.encode(template, own.lengths, {k: decision.ids for k, decision in own.decisions.items()})
-            for template, own in zip(templates, sought, strict=True)
-        ]
-        check_context(encoded, context_length(self.model.causal_lm.config))
-        ids, blanks = pad([e.ids for e in encoded], 0), pad([e.blank for e in encoded], -1)
-        mask = pad([[1] * len(e.ids) for e in encoded], 0)
-        is_open = pad([[int(k >= 0 and k not in e.decided) for k in e.blank] for e in encoded], 0).bool()
+        tried_at = Variants(sought, tries)
+        sought, generators = tried_at.sought, tried_at.spread_generators(generators)
+        templates, wanted = tried_at.spread(templates), tried_at.spread(wanted)
+        encoded = self._encode(templates, sought)
+        ids, blanks, mask, is_open = columns_of(encoded)
         f = Factorization.infill(is_open, group_size, order, generators, attention_mask=mask)
         if blank_order is not None:
             f = by_blank(f, blanks, blank_order, [template.blanks for template in templates], order, group_size)
@@ -221,7 +223,16 @@ class Infiller:
         )
         assert not isinstance(output, Tensor)
         done = zip(templates, encoded, sought, output.sequences, output.log_probs, strict=True)
-        return [self._decode(*one, output.forwards) for one in done]
+        infills = [self._decode(*one, output.forwards) for one in done]
+        return [infills[number] for number in tried_at.likeliest([infill.log_prob for infill in infills])]
+
+    def _encode(self, templates: Sequence[Template], sought: Sequence[Sought]) -> list[Encoded]:
+        encoded = [
+            self._blanks.encode(template, own.lengths, {k: decision.ids for k, decision in own.decisions.items()})
+            for template, own in zip(templates, sought, strict=True)
+        ]
+        check_context(encoded, context_length(self.model.causal_lm.config))
+        return encoded
 
     # ------------------------------------------------------------------ positions -> text
 
