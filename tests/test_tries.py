@@ -1,4 +1,4 @@
-"""Of a text at several lengths the likeliest is kept, lengths and tokens together."""
+"""Of a text at several lengths the one is kept whose whole text is likeliest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from anyorder import Infiller
+from anyorder import Factorization, Infiller
 from anyorder.infill.lengths import AUTO
 from anyorder.infill.seeking import Sought
 from anyorder.infill.tries import Variants
@@ -47,16 +47,37 @@ def test_the_length_found_is_tried_first_whether_likeliest_or_not():
     assert [one.lengths for one in Variants([own], 5).sought] == [[7, 2], [7, 1], [7, 3]]
 
 
+@pytest.mark.parametrize("recipe", ["exact", "paper"])
 @pytest.mark.parametrize("text", TEXTS[:2])
-def test_what_is_kept_is_the_likeliest_of_all_lengths(infiller, text):
+def test_the_whole_text_that_is_kept_is_the_likeliest_from_left_to_right(text, recipe, byte_tokenizer):
+    infiller = Infiller(converted("llama", recipe=recipe, vocabulary=len(byte_tokenizer)), byte_tokenizer)
     shares = infiller(text).spans[0].lengths
     assert tuple(shares) == AUTO
-    alone = {n: infiller(text, length=n) for n in shares}
-    best = max(shares, key=lambda n: math.log(shares[n]) + alone[n].log_prob)
+
+    def likelihood(filled):
+        row = [infiller.start_token_id, *infiller.pieces.encode(filled, at_start=True)]
+        ids = torch.tensor([row])
+        return float(infiller.model.log_likelihood(ids, Factorization.left_to_right(len(row))).sum())
+
+    alone = [infiller(text, length=n) for n in shares]
+    best = max(alone, key=lambda infill: likelihood(infill.text))
     kept = infiller(text, tries=len(AUTO))
-    assert kept.text == alone[best].text
-    assert kept.log_prob == pytest.approx(alone[best].log_prob, abs=1e-4)
+    assert kept.text == best.text
+    assert kept.log_prob == pytest.approx(best.log_prob, abs=1e-4)
     assert kept.spans[0].lengths == pytest.approx(shares)
+
+
+def test_a_text_that_ends_in_a_blank_is_read_to_its_end(infiller, byte_tokenizer):
+    kept = infiller("a cat ___", tries=6)
+
+    def likelihood(filled):
+        row = [infiller.start_token_id, *infiller.pieces.encode(filled, at_start=True), byte_tokenizer.eos_token_id]
+        return float(infiller.model.log_likelihood(torch.tensor([row]), Factorization.left_to_right(len(row))).sum())
+
+    lengths = sorted(kept.spans[0].lengths, key=kept.spans[0].lengths.get, reverse=True)
+    found = infiller("a cat ___").spans[0].tokens
+    tried = [found, *(n for n in lengths if n != found)][:6]
+    assert kept.text == max((infiller("a cat ___", length=n).text for n in tried), key=likelihood)
 
 
 @pytest.mark.parametrize("draw", [False, True])

@@ -52,7 +52,7 @@ def add(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tries", type=positive, default=1, metavar="N",
-        help="fill at this many of the likeliest lengths and keep what is likeliest; for lines of programs; default: 1",
+        help="fill at this many of the likeliest lengths and keep the likeliest text, read from the left; default: 1",
     )  # fmt: skip
     add_order(parser)
     add_policy(parser)

@@ -134,8 +134,8 @@ class Infiller:
                 for each. Choices have lengths of their own and are decided first, from left to right.
             blank_order: numbers of blanks, from 0, in the order in which they are filled; blanks that it leaves out
                 come last, from left to right.
-            tries: at how many of its likeliest lengths a text is filled, of which the likeliest is kept, lengths and
-                tokens together (see `tries`); default 1. More tries take more time, and suit lines of programs.
+            tries: at how many of its likeliest lengths a text is filled, of which that is kept whose whole text is
+                likeliest from left to right (see `tries`); default 1.
             suppress_tokens: ids that no blank may hold.
             single_line: whether blanks hold no line end; default: those of texts that have none themselves, unless a
                 pattern says what a blank holds.
@@ -224,7 +224,8 @@ class Infiller:
         assert not isinstance(output, Tensor)
         done = zip(templates, encoded, sought, output.sequences, output.log_probs, strict=True)
         infills = [self._decode(*one, output.forwards) for one in done]
-        return [infills[number] for number in tried_at.likeliest([infill.log_prob for infill in infills])]
+        rows = [self._row(template, infill.text) for template, infill in zip(templates, infills, strict=True)]
+        return [infills[number] for number in tried_at.likeliest(self.model, rows)]
 
     def _encode(self, templates: Sequence[Template], sought: Sequence[Sought]) -> list[Encoded]:
         encoded = [
@@ -233,6 +234,12 @@ class Infiller:
         ]
         check_context(encoded, context_length(self.model.causal_lm.config))
         return encoded
+
+    def _row(self, template: Template, text: str) -> list[int]:
+        """The ids of a filled text, and of its end where nothing is known behind its last blank."""
+        end = self.pieces.tokenizer.eos_token_id
+        ids = [*self.start_ids, *self.pieces.encode(text, at_start=True)]
+        return ids if template.pieces[-1] or end is None else [*ids, end]
 
     # ------------------------------------------------------------------ positions -> text
 

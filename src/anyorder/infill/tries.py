@@ -1,13 +1,15 @@
-"""A text at several lengths of its blanks, of which the likeliest is kept, its tokens included.
+"""A text filled at several lengths of its blanks, of which the one is kept whose whole text is likeliest.
 
-Seeking says how likely a length is before anything is filled, P(n | what is known). What stands there then has P(x | n,
-what is known), exactly; the product is the probability of both. A line of program is near certain at its own length
-and stumbles at any other, of which the token behind it tells little.
+What is known around a blank says how likely each of its lengths is, and at a length what stands there. But a model that
+is told a wrong length is sure of wrong things, so that the two multiplied prefer few tokens. The whole text read from
+left to right, the base model's own reading in the exact recipe, is told no length: by Bayes
 
-Shorter is likelier, other things being equal: every token costs something. So this is for blanks of which little is
-uncertain but their length, and asked for (`tries`); sentences are rather met by the middle of the lengths.
+    P(fill | prefix, suffix) is in proportion to P(prefix fill suffix),
 
-This module knows lengths and their probabilities; it fills nothing.
+for fills of any length, and none of them needs a prior. So lengths and their likeliest tokens propose, and the whole
+text decides: a noisy channel in the terms of Brown et al. (Computational Linguistics 19(2), 1993).
+
+This module fills nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from typing import TypeVar
 
 import torch
 
+from anyorder.core.factorization import ABSENT, GIVEN, Factorization
+from anyorder.infill.encoding import pad
 from anyorder.infill.seeking import Sought
+from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.scoring import log_likelihood
 
 T = TypeVar("T")
 
@@ -64,18 +70,33 @@ class Variants:
             for number in self._origins
         ]
 
-    def likeliest(self, log_probs: Sequence[float]) -> list[int]:
-        """Of each text the number of the variant that is likeliest, the first where several are.
+    def likeliest(self, model: AnyOrderPreTrainedModel, rows: Sequence[Sequence[int]]) -> list[int]:
+        """Of each text the number of the variant whose ids are likeliest, the first where several are.
 
         Args:
-            log_probs: of each variant's tokens, given their lengths, in nats.
+            model: a converted model, which reads from left to right.
+            rows: of each variant the ids of its whole text, behind a start token or more.
         """
-        best: dict[int, tuple[float, int]] = {}
-        for number, (origin, own, log_prob) in enumerate(zip(self._origins, self.sought, log_probs, strict=True)):
-            score = log_prob + _log_share(own)
-            if origin not in best or score > best[origin][0]:
-                best[origin] = score, number
-        return [best[origin][1] for origin in sorted(best)]
+        return [max(own, key=_log_probs(model, rows, own).__getitem__) for own in self._numbers()]
+
+    def _numbers(self) -> Iterator[list[int]]:
+        """The variants of each text."""
+        for _, own in itertools.groupby(range(len(self._origins)), self._origins.__getitem__):
+            yield list(own)
+
+
+def _log_probs(
+    model: AnyOrderPreTrainedModel, rows: Sequence[Sequence[int]], numbers: Sequence[int]
+) -> dict[int, float]:
+    """log P of some rows, but for what they begin with alike, in nats; 0 where they are the same."""
+    own = [rows[number] for number in numbers]
+    if all(row == own[0] for row in own):
+        return dict.fromkeys(numbers, 0.0)
+    alike = next((n for n, ids in enumerate(zip(*own, strict=False)) if len(set(ids)) > 1), min(map(len, own)))
+    ids, there = pad(own, 0), pad([[1] * len(row) for row in own], 0).bool()
+    groups = torch.arange(ids.shape[1]).expand_as(ids) - max(alike, 1)
+    order = Factorization(torch.where(there, groups.clamp(min=GIVEN), ABSENT))
+    return dict(zip(numbers, log_likelihood(model, ids, order).double().sum(dim=1).tolist(), strict=True))
 
 
 def _variants(sought: Sought) -> Iterator[Sought]:
@@ -106,11 +127,6 @@ def _by_probability(sought: Sought) -> Iterator[dict[int, int]]:
             if further[number] < len(ranked[k]) and further not in seen:
                 seen.add(further)
                 heapq.heappush(heap, (cost(further), further))
-
-
-def _log_share(sought: Sought) -> float:
-    """log P of the lengths of a text's blanks that were sought, in nats."""
-    return sum(math.log(max(shares[sought.lengths[k]], math.ulp(0.0))) for k, shares in sought.shares.items())
 
 
 def _copy(generator: torch.Generator) -> torch.Generator:
