@@ -21,6 +21,7 @@ from anyorder.evaluation.code_tasks import (
     BehindIndentation,
     FillInTheMiddle,
     PrefixOnly,
+    SeveralLengths,
     SuffixFirst,
     TrueLength,
 )
@@ -107,17 +108,18 @@ def test_a_left_to_right_model_goes_on_behind_a_prompt(subject, monkeypatch, tas
     assert seen == [ids]
 
 
+@pytest.mark.parametrize(("kind", "tries"), [(BehindIndentation, 1), (SeveralLengths, 8)])
 @pytest.mark.parametrize(("line", "indentation"), [("    y = x\n", "    "), ("\ty = x\n", "\t"), ("y = x\n", "")])
-def test_a_line_is_filled_behind_its_indentation(subject, monkeypatch, line, indentation):
-    task, asked = BehindIndentation(), []
+def test_a_line_is_filled_behind_its_indentation(subject, monkeypatch, line, indentation, kind, tries):
+    task, asked = kind(), []
 
     def infiller(text, **options):
-        asked.append((text, options["length"]))
+        asked.append((text, options["length"], options["tries"]))
         return SimpleNamespace(spans=[SimpleNamespace(text="y = x")])
 
     monkeypatch.setattr(subject, "infiller", infiller)
     (result,) = task.evaluate(subject, [task.item(RECORD | {"canonical_solution": line})])
-    assert asked == [(f"def f(x):\n{indentation}{BLANK}\n    return y\n", "auto")]
+    assert asked == [(f"def f(x):\n{indentation}{BLANK}\n    return y\n", "auto", tries)]
     assert result["text"] == f"{indentation}y = x"
     assert result["exact_match"] == 1
     # Bytes are tokens here, each space its own; the last one in front of a word is the word's, as for blanks.

@@ -1,9 +1,10 @@
 """HumanEval with one line missing (arXiv 2207.14255): is it the line that was there, how like it, does it work?
 
 Ways to fill the line: at its true length in tokens, at a length that the model finds, the same behind the line's
-indentation, where an editor's cursor stands, and what a left-to-right model can do: by the base model's own
-fill-in-the-middle tokens, where it has them, which a user would take instead; given the program before the line alone;
-and prompted with the program behind the line first. Programs are run only where the user says so (see `execution`).
+indentation, where an editor's cursor stands, there at the likeliest of several lengths, and what a left-to-right model
+can do: by the base model's own fill-in-the-middle tokens, where it has them, which a user would take instead; given the
+program before the line alone; and prompted with the program behind the line first. Programs are run only where the user
+says so (see `execution`).
 
 Some vocabularies (SmolLM2's) join a line end with the indentation behind it in one token. To their models a line that
 begins behind a line end by itself has no indentation.
@@ -26,6 +27,7 @@ from anyorder.infill.pieces import Pieces
 
 BLANK = "<<<the line>>>"
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+TRIES = 8
 LONGEST_LINE = 64
 """Tokens that a line may have where nobody says how many."""
 
@@ -90,9 +92,10 @@ class LineInfilling(Task):
         raise NotImplementedError
 
 
-def _infill(subject: Subject, item: Line, length: int | str, indentation: str = "") -> str:
+def _infill(subject: Subject, item: Line, length: int | str, indentation: str = "", tries: int = 1) -> str:
     text = f"{item.prefix}{indentation}{BLANK}{item.suffix}"
-    (span,) = subject.infiller(text, blank=BLANK, length=length, policy=subject.policy, single_line=True).spans
+    options = {"blank": BLANK, "length": length, "tries": tries, "policy": subject.policy, "single_line": True}
+    (span,) = subject.infiller(text, **options).spans
     return span.text
 
 
@@ -119,6 +122,7 @@ class BehindIndentation(LineInfilling):
 
     name = "humaneval_infilling_indented"
     about = "a missing line behind its indentation, at a length that the model finds"
+    tries: ClassVar[int] = 1
 
     def question(self, pieces: Pieces, item: Line) -> Question:
         indentation, rest = _indented(item.line)
@@ -128,7 +132,15 @@ class BehindIndentation(LineInfilling):
 
     def fill(self, subject: Subject, item: Line, tokens: int) -> str:
         indentation, _ = _indented(item.line)
-        return indentation + _infill(subject, item, "auto", indentation)
+        return indentation + _infill(subject, item, "auto", indentation, self.tries)
+
+
+class SeveralLengths(BehindIndentation):
+    """There at TRIES lengths, of which the whole program says which it keeps."""
+
+    name = "humaneval_infilling_tries"
+    about = "a missing line behind its indentation, the likeliest of eight lengths"
+    tries = TRIES
 
 
 def _indented(line: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from anyorder.evaluation.code_tasks import (
     BehindIndentation,
     FillInTheMiddle,
     PrefixOnly,
+    SeveralLengths,
     SuffixFirst,
     TrueLength,
 )
@@ -31,7 +32,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         TriviaQa, HellaSwag, WinoGrande, Siqa, Piqa, Lambada,
         ThirdSentence, SecondSentence, FourthSentence, SecondAndFourthSentence, ThirdAndFourthSentence, StoryCloze,
-        TrueLength, AutoLength, BehindIndentation, FillInTheMiddle, PrefixOnly, SuffixFirst,
+        TrueLength, AutoLength, BehindIndentation, SeveralLengths, FillInTheMiddle, PrefixOnly, SuffixFirst,
         Continuations, Fills, OrderSpread, OrderTaken, Calibration,
     )
 }  # fmt: skip

@@ -70,6 +70,8 @@ class Found:
     """The log-probability of each length that fits, in nats."""
     tries: dict[int, Tries] = field(default_factory=dict)
     """What spoke for them, where more than one fits."""
+    known: dict[int, int] = field(default_factory=dict)
+    """How many known tokens stand in front of it."""
     encoded: KeyValueStore | None = None
     """Keys and values of the first known tokens, at the lengths found."""
 
@@ -258,6 +260,7 @@ class _Walk:
     def _settle(self, gap: Gap, tries: Tries) -> None:
         length, log_shares = self._found(tries)
         self.found.lengths[gap.blank] = length
+        self.found.known[gap.blank] = len(self.placed)
         self.found.log_shares[gap.blank] = dict(zip(tries.lengths.tolist(), log_shares.tolist(), strict=True))
         if len(tries.lengths) > 1:
             self.found.tries[gap.blank] = tries

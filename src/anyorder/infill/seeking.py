@@ -18,7 +18,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -53,6 +53,8 @@ class Sought:
     """Of the model, for all texts of the batch together."""
     encoded: KeyValueStore | None
     """Keys and values of the first known tokens, at the lengths found."""
+    known: dict[int, int] = field(default_factory=dict)
+    """Of each blank whose length was sought: how many known tokens stand in front of it."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Seeker:
                 decided,
                 forwards,
                 found.encoded,
+                found.known,
             )
             for text, found, decided in zip(texts, last, decisions, strict=True)
         ]

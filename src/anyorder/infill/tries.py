@@ -103,8 +103,16 @@ def _variants(sought: Sought) -> Iterator[Sought]:
     yield sought
     for lengths in _by_probability(sought):
         if lengths != {k: sought.lengths[k] for k in lengths}:
-            own = [lengths.get(k, n) for k, n in enumerate(sought.lengths)]
-            yield dataclasses.replace(sought, lengths=own, encoded=None)
+            yield _at(sought, [lengths.get(k, n) for k, n in enumerate(sought.lengths)])
+
+
+def _at(sought: Sought, lengths: list[int]) -> Sought:
+    """The same at other lengths; what was encoded in front of the first blank that has another still holds."""
+    encoded = sought.encoded
+    if encoded is not None:
+        first = next(k for k, (n, own) in enumerate(zip(lengths, sought.lengths, strict=True)) if n != own)
+        encoded = encoded.first_of(0, min(encoded.capacity, sought.known[first]))
+    return dataclasses.replace(sought, lengths=lengths, encoded=encoded)
 
 
 def _by_probability(sought: Sought) -> Iterator[dict[int, int]]:
