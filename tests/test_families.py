@@ -46,7 +46,14 @@ def test_tables_hold_what_was_measured(sitting, checkpoint, tmp_path):
     right = json.loads((tmp_path / "work" / title / "lambada" / "report.json").read_text())["tasks"]["lambada"]
     assert known[3].startswith(f"{100 * right['accuracy']['value']:.1f} (")
     # Without tokens of its own a base does not fill in the middle, and programs run where it is said alone.
-    ways = ["its true length", "that it finds", "behind its indentation", "before it alone", "behind it first"]
+    ways = [
+        "its true length",
+        "that it finds",
+        "behind its indentation",
+        "eight lengths",
+        "before it alone",
+        "behind it first",
+    ]
     assert all(line[1].endswith(way) for line, way in zip(lines, ways, strict=True))
     assert all(line[2] == "" for line in lines)
     nats = record["tasks"]["humaneval_infilling"]["nats_per_token"]["value"]
