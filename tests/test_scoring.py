@@ -152,6 +152,21 @@ def test_orders_share_forwards(tokens, forwards, monkeypatch):
     torch.testing.assert_close(spread.log_likelihoods, torch.stack(each, dim=1), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("alike", [1, 2, 7])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_texts_that_begin_alike_are_compared_as_one_by_one(architecture, alike):
+    model = converted(architecture)
+    ids = torch.randint(0, model.vocabulary_size, (3, 15), generator=torch.Generator().manual_seed(1))
+    ids[:, :alike] = ids[0, :alike]
+    lengths = [15, 9, 12]
+    predicted = torch.stack([(torch.arange(15) >= alike) & (torch.arange(15) < n) for n in lengths])
+    together = scoring.compared_by_base(model, ids, predicted)
+    assert bool((together[~predicted] == 0).all())
+    for row, n, own in zip(ids, lengths, together, strict=True):
+        alone = scoring.log_likelihood(model, row[None, :n], Factorization.left_to_right(n, given=alike))
+        assert torch.allclose(own[:n], alone[0], atol=1e-4)
+
+
 def test_nothing_to_predict_scores_zero():
     model = converted("llama")
     assert model.log_likelihood(IDS[:1, :3], Factorization.left_to_right(3, given=3)).tolist() == [[0, 0, 0]]

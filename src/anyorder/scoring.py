@@ -107,6 +107,30 @@ def teacher_forced_by_base(model: AnyOrderPreTrainedModel, input_ids: Tensor, pr
     return TeacherForced(*(t.to(input_ids.device) for t in model.predictor.log_probs_and_best(found, input_ids)))
 
 
+@torch.no_grad()
+def compared_by_base(model: AnyOrderPreTrainedModel, input_ids: Tensor, predicted: Tensor) -> Tensor:
+    """log p of texts that begin alike by the wrapped causal LM, which reads once what all of them begin with.
+
+    Args:
+        model: a converted model in the exact recipe, where this is its own prediction from left to right.
+        input_ids: (B, T) int64, padded on the right.
+        predicted: (B, T) bool, nowhere in the first column, nor where one text has what another has not before it.
+
+    Returns:
+        (B, T) float32 in nats; 0 where nothing is predicted.
+    """
+    assert model.recipe == "exact"
+    first = int(predicted.any(dim=0).long().argmax()) - 1  # the column whose row predicts first
+    ids, past = input_ids.to(model.query_embedding.device), None
+    if first:
+        past = model.decoder(input_ids=ids[:1, :first], use_cache=True).past_key_values
+        past.batch_repeat_interleave(len(ids))
+    hidden = model.decoder(input_ids=ids[:, first:-1], past_key_values=past, use_cache=past is not None)[0]
+    where = predicted.to(hidden.device)
+    found = Predictions(hidden[where[:, first + 1 :]], where)
+    return model.predictor.log_probs(found, input_ids).to(input_ids.device)
+
+
 TOKENS_AT_ONCE = 8192
 """Of the forwards of `order_spread`, unless a single text is longer: enough to read the weights for many orders at
 once, while the activations stay small beside them."""

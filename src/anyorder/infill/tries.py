@@ -27,7 +27,7 @@ from anyorder.core.factorization import ABSENT, GIVEN, Factorization
 from anyorder.infill.encoding import pad
 from anyorder.infill.seeking import Sought
 from anyorder.model.base import AnyOrderPreTrainedModel
-from anyorder.scoring import log_likelihood
+from anyorder.scoring import compared_by_base, log_likelihood
 
 T = TypeVar("T")
 
@@ -94,9 +94,14 @@ def _log_probs(
         return dict.fromkeys(numbers, 0.0)
     alike = next((n for n, ids in enumerate(zip(*own, strict=False)) if len(set(ids)) > 1), min(map(len, own)))
     ids, there = pad(own, 0), pad([[1] * len(row) for row in own], 0).bool()
-    groups = torch.arange(ids.shape[1]).expand_as(ids) - max(alike, 1)
-    order = Factorization(torch.where(there, groups.clamp(min=GIVEN), ABSENT))
-    return dict(zip(numbers, log_likelihood(model, ids, order).double().sum(dim=1).tolist(), strict=True))
+    columns = torch.arange(ids.shape[1]).expand_as(ids)
+    predicted = there & (columns >= max(alike, 1))
+    if model.recipe == "exact":
+        log_probs = compared_by_base(model, ids, predicted)
+    else:
+        order = torch.where(predicted, columns - max(alike, 1), torch.where(there, GIVEN, ABSENT))
+        log_probs = log_likelihood(model, ids, Factorization(order))
+    return dict(zip(numbers, log_probs.double().sum(dim=1).tolist(), strict=True))
 
 
 def _variants(sought: Sought) -> Iterator[Sought]:
