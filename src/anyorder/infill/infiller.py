@@ -224,8 +224,9 @@ class Infiller:
         assert not isinstance(output, Tensor)
         done = zip(templates, encoded, sought, output.sequences, output.log_probs, strict=True)
         infills = [self._decode(*one, output.forwards) for one in done]
-        if tries == 1:
-            return infills
+        return infills if tries == 1 else self._likeliest(templates, infills, tried_at)
+
+    def _likeliest(self, templates: Sequence[Template], infills: Sequence[Infill], tried_at: Variants) -> list[Infill]:
         rows = [self._row(template, infill.text) for template, infill in zip(templates, infills, strict=True)]
         return [infills[number] for number in tried_at.likeliest(self.model, rows)]
 
