@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from eval_tables import Row, Table
 
-TOKENS = (61, 122, 222, 322, 442)
-"""Thousands that a checkpoint has seen, padding included."""
+TOKENS = (54, 122, 210, 299, 398)
+"""Thousands that a checkpoint has read."""
 ROWS = {
     "untrained": Row("nothing trained", ("--execute-code",), model="qwen2.5-coder-0.5b-instruct.gguf"),
     **{f"after_{n}k": Row(f"{n},000 tokens", ("--execute-code",)) for n in TOKENS},
