@@ -23,7 +23,7 @@ WAYS = {
     "its own tokens": "humaneval_infilling_fim",
     "true length": "humaneval_infilling",
     "a length that it finds": "humaneval_infilling_indented",
-    "the likeliest of eight lengths": "humaneval_infilling_tries",
+    "the likeliest of sixteen lengths": "humaneval_infilling_tries",
 }
 METRICS = {"passes": "pass_at_1", "the very line": "exact_match"}
 COLUMNS = tuple((f"{way}: {name}", task, metric) for way, task in WAYS.items() for name, metric in METRICS.items())

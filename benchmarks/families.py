@@ -28,7 +28,7 @@ WAYS = {
     "humaneval_infilling": "any order, its true length",
     "humaneval_infilling_auto": "any order, a length that it finds",
     "humaneval_infilling_indented": "the same behind its indentation",
-    "humaneval_infilling_tries": "there, the likeliest of eight lengths",
+    "humaneval_infilling_tries": "there, the likeliest of sixteen lengths",
     "humaneval_infilling_fim": "the base's own fill-in-the-middle tokens",
     "humaneval_infilling_prefix": "the program before it alone",
     "humaneval_infilling_reordered": "the program behind it first",

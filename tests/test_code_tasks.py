@@ -108,7 +108,7 @@ def test_a_left_to_right_model_goes_on_behind_a_prompt(subject, monkeypatch, tas
     assert seen == [ids]
 
 
-@pytest.mark.parametrize(("kind", "tries"), [(BehindIndentation, 1), (SeveralLengths, 8)])
+@pytest.mark.parametrize(("kind", "tries"), [(BehindIndentation, 1), (SeveralLengths, 16)])
 @pytest.mark.parametrize(("line", "indentation"), [("    y = x\n", "    "), ("\ty = x\n", "\t"), ("y = x\n", "")])
 def test_a_line_is_filled_behind_its_indentation(subject, monkeypatch, line, indentation, kind, tries):
     task, asked = kind(), []

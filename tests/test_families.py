@@ -50,7 +50,7 @@ def test_tables_hold_what_was_measured(sitting, checkpoint, tmp_path):
         "its true length",
         "that it finds",
         "behind its indentation",
-        "eight lengths",
+        "sixteen lengths",
         "before it alone",
         "behind it first",
     ]

@@ -27,7 +27,7 @@ from anyorder.infill.pieces import Pieces
 
 BLANK = "<<<the line>>>"
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
-TRIES = 8
+TRIES = 16
 LONGEST_LINE = 64
 """Tokens that a line may have where nobody says how many."""
 
@@ -139,7 +139,7 @@ class SeveralLengths(BehindIndentation):
     """There at TRIES lengths, of which the whole program says which it keeps."""
 
     name = "humaneval_infilling_tries"
-    about = "a missing line behind its indentation, the likeliest of eight lengths"
+    about = "a missing line behind its indentation, the likeliest of sixteen lengths"
     tries = TRIES
 
 
