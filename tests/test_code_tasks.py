@@ -20,6 +20,7 @@ from anyorder.evaluation.code_tasks import (
     AutoLength,
     BehindIndentation,
     FillInTheMiddle,
+    LineEnds,
     PrefixOnly,
     SeveralLengths,
     SuffixFirst,
@@ -128,6 +129,19 @@ def test_a_line_is_filled_behind_its_indentation(subject, monkeypatch, line, ind
     question = task.question(subject.pieces, task.item(RECORD | {"canonical_solution": line}))
     text = [subject.pieces.decode([question.ids[i] for i in question.targets])]
     assert text == [" " * brings + "y = x"]
+
+
+def test_a_line_that_is_written_is_not_gone_on_behind(subject):
+    prompt = subject.pieces.encode("x\ny")
+    ends = LineEnds(subject.pieces, len(prompt))
+    rows = [[*prompt, *subject.pieces.encode(text)] for text in ("ab c", "ab\n")]
+    assert [bool(ends(torch.tensor([row]), None)) for row in rows] == [False, True]
+    whole = subject.model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+    stopped = subject.model.generate(
+        torch.tensor([prompt]), max_new_tokens=20, do_sample=False, stopping_criteria=[ends]
+    )
+    line, same = (subject.pieces.decode(made[0, len(prompt) :].tolist()) for made in (whole, stopped))
+    assert line.partition("\n")[0] == same.partition("\n")[0]
 
 
 def test_several_lines_are_not_one():

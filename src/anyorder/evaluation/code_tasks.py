@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteria
 
 from anyorder.evaluation import execution
 from anyorder.evaluation.questions import Question, answer, of_pieces, suffix_first
@@ -160,7 +162,9 @@ class FillInTheMiddle(LineInfilling):
         return replace(Question.behind(asked, len(line)), ids=(*asked, *line))
 
     def fill(self, subject: Subject, item: Line, tokens: int) -> str:
-        return _go_on(subject, self._prompt(subject.pieces, item)).partition("\n")[0]
+        prompt = self._prompt(subject.pieces, item)
+        ends = LineEnds(subject.pieces, len(prompt))
+        return _go_on(subject, prompt, stopping_criteria=[ends]).partition("\n")[0]
 
     def _prompt(self, pieces: Pieces, item: Line) -> list[int]:
         marks = [pieces.tokenizer.convert_tokens_to_ids(mark) for mark in FIM]
@@ -212,10 +216,23 @@ class SuffixFirst(Prompted):
         return suffix_first(item.prefix, item.suffix)
 
 
-def _go_on(subject: Subject, ids: list[int]) -> str:
+class LineEnds(StoppingCriteria):
+    """Ends a row whose text from token number `start` on holds a line end."""
+
+    def __init__(self, pieces: Pieces, start: int):
+        self.pieces, self.start = pieces, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """(B,) bool for (B, T) ids without padding."""
+        ended = ["\n" in self.pieces.decode(row[self.start :]) for row in input_ids.tolist()]
+        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+
+
+def _go_on(subject: Subject, ids: list[int], **options: Any) -> str:
     """What the model writes behind some ids."""
     prompt = torch.tensor([ids])
-    made = subject.model.generate(prompt, max_new_tokens=LONGEST_LINE, policy=subject.policy, do_sample=False)
+    asked: dict[str, Any] = {"max_new_tokens": LONGEST_LINE, "policy": subject.policy, "do_sample": False}
+    made = subject.model.generate(prompt, **asked, **options)
     assert isinstance(made, torch.Tensor)
     new = made[0, prompt.shape[1] :].tolist()
     end = subject.tokenizer.eos_token_id
