@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from anyorder.core.factorization import Factorization
 
@@ -127,11 +128,8 @@ class SentenceBlanks(Regime):
         starts = [s for s in document.sentence_starts if s < document.length]
         if len(starts) < 2:
             return Spans(self.blanks, group_sizes=self.group_sizes).draw(document, generator)
-        ends = [*starts[1:], document.length]
-        blank = torch.zeros(document.length, dtype=torch.bool)
-        count = 1 + int(_uniform(generator) * min(self.blanks, len(starts) - 1))
-        for k in torch.randperm(len(starts), generator=generator)[:count].tolist():
-            blank[max(1, starts[k]) : ends[k]] = True
+        sentences = [(max(1, start), end) for start, end in zip(starts, [*starts[1:], document.length], strict=True)]
+        blank = _some_of(sentences, min(self.blanks, len(starts) - 1), document.length, generator)
         return Factorization.infill(blank, _choose(self.group_sizes, generator))
 
 
@@ -151,10 +149,7 @@ class OwnBlanks(Regime):
         own = document.blanks
         if not own:
             return Spans(self.blanks, group_sizes=self.group_sizes).draw(document, generator)
-        blank = torch.zeros(document.length, dtype=torch.bool)
-        count = 1 + int(_uniform(generator) * min(self.blanks, len(own)))
-        for k in torch.randperm(len(own), generator=generator)[:count].tolist():
-            blank[own[k][0] : own[k][1]] = True
+        blank = _some_of(own, min(self.blanks, len(own)), document.length, generator)
         return Factorization.infill(blank, _choose(self.group_sizes, generator))
 
 
@@ -279,6 +274,15 @@ def seeded(seed: Sequence[int | str]) -> torch.Generator:
     """A generator that is a function of some numbers, independent for different ones."""
     digest = hashlib.sha256(",".join(map(str, seed)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _some_of(ranges: Sequence[tuple[int, int]], most: int, length: int, generator: torch.Generator) -> Tensor:
+    """(length,) bool: True in one to `most` of some ranges of positions, each number and each range as likely."""
+    blank = torch.zeros(length, dtype=torch.bool)
+    count = 1 + int(_uniform(generator) * most)
+    for k in torch.randperm(len(ranges), generator=generator)[:count].tolist():
+        blank[slice(*ranges[k])] = True
+    return blank
 
 
 def _choose(values: tuple[int, ...], generator: torch.Generator) -> int:
