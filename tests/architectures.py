@@ -95,9 +95,9 @@ def base_model(architecture: str, vocabulary: int = VOCABULARY, seed: int = 0, *
     return model.eval()
 
 
-def couple(model: AnyOrderForCausalLM) -> AnyOrderForCausalLM:
+def couple(model: AnyOrderForCausalLM, **fields: bool) -> AnyOrderForCausalLM:
     """The model with a coupling of random weights, large enough to matter."""
-    model.couple(Coupling(width=24, rank=8))
+    model.couple(Coupling(width=24, rank=8, **fields))
     torch.manual_seed(2)
     for parameter in model.coupling.parameters():
         torch.nn.init.normal_(parameter, std=0.25)

@@ -11,7 +11,10 @@ import torch
 
 pytest.importorskip("datasets", reason="training needs the train extra")
 
+from transformers import AutoTokenizer
+
 from anyorder import AnyOrderForCausalLM, Infiller, load
+from anyorder.model.coupling import Coupling
 from anyorder.training.heldout import REGIMES, HeldOut
 from anyorder.training.texts import tokenize
 from anyorder.training.trainer import AnyOrderTrainer
@@ -177,6 +180,28 @@ def test_a_coupling_is_added_to_a_finished_model_and_changes_nothing_else(traine
     with pytest.raises(SystemExit):
         adapt(trained_run, stories, tmp_path / "third", "--coupling-only", "--coupling")
     assert "not allowed with" in capsys.readouterr().err
+
+
+def test_layers_for_scattered_members_are_added_to_a_coupling_and_change_nothing_else(trained_run, stories, tmp_path):
+    coupled = AnyOrderForCausalLM.from_pretrained(trained_run)
+    coupled.couple(Coupling(width=24, rank=8, scattered=False))
+    torch.nn.init.normal_(coupled.coupling.up.weight, std=0.1)
+    coupled.save_pretrained(tmp_path / "coupled")
+    AutoTokenizer.from_pretrained(trained_run).save_pretrained(tmp_path / "coupled")
+    (tmp_path / "apart.yaml").write_text("stages: [{mixture: [{regime: random_groups, group_sizes: [4]}]}]")
+    more = ("--scattered-only", "--learning-rate", "1e-3", "--curriculum", str(tmp_path / "apart.yaml"))
+    assert adapt(tmp_path / "coupled", stories, tmp_path / "second", *more) == 0
+    before, after = (AnyOrderForCausalLM.from_pretrained(tmp_path / name) for name in ("coupled", "second"))
+    weights = dict(after.named_parameters())
+    assert all(torch.equal(weights.pop(name), parameter) for name, parameter in before.named_parameters())
+    assert weights
+    assert all(name.startswith("coupling.scattered.") for name in weights)
+    assert not torch.equal(after.coupling.scattered.inner.weight, after.coupling.inner.weight)
+
+
+def test_layers_for_scattered_members_need_a_coupling(trained_run, stories, tmp_path, capsys):
+    assert adapt(trained_run, stories, tmp_path / "second", "--scattered-only") == 2
+    assert "train one with --coupling-only" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_model_with_all_weights_trained_is_trained_on(checkpoint, stories, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import pytest
@@ -235,7 +237,7 @@ def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
     again = AnyOrderForCausalLM.from_pretrained(tmp_path / "saved")
     order = repeated(Factorization.left_to_right(T, group_size=4), 3)
     assert torch.equal(model.eval().log_likelihood(IDS, order), again.eval().log_likelihood(IDS, order))
-    assert again.config.coupling == {"width": 24, "rank": 8, "window": 7, "drafts": True}
+    assert again.config.coupling == {"width": 24, "rank": 8, "window": 7, "drafts": True, "scattered": True}
     if kind == "lora":
         merged = again.merge_adapter()
         merged.save_pretrained(tmp_path / "merged")
@@ -275,6 +277,66 @@ def test_sizes_are_whole_numbers(fields, words):
 def test_a_model_has_one_coupling():
     with pytest.raises(ValueError, match="has a coupling of its own"):
         couple(couple(gated("llama")))
+
+
+def test_what_was_saved_before_there_were_layers_for_scattered_members_is_read_as_it_was(tmp_path):
+    from architectures import base_model
+
+    base_model("llama").save_pretrained(tmp_path / "base")
+    model = couple(AnyOrderForCausalLM.from_causal_lm(str(tmp_path / "base"), adapter="gated"), scattered=False)
+    model.save_pretrained(tmp_path / "saved")
+    config = tmp_path / "saved" / "config.json"
+    saved = json.loads(config.read_text())
+    del saved["coupling"]["scattered"]
+    config.write_text(json.dumps(saved))
+    again, order = AnyOrderForCausalLM.from_pretrained(tmp_path / "saved"), repeated(GROUPS["scattered"], 3)
+    assert again.coupling.scattered is None
+    assert torch.equal(again.eval().log_likelihood(IDS[:, :7], order), model.eval().log_likelihood(IDS[:, :7], order))
+
+
+# ---------------------------------------------------------------------- members that stand apart
+
+
+@cache
+def apart_and_not():
+    """A coupled model, and the same with random layers for scattered members."""
+    one, other = couple(gated("llama"), scattered=False), couple(gated("llama"), scattered=False)
+    other.couple(Coupling(width=24, rank=8))
+    for parameter in other.coupling.scattered.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return one.eval(), other.eval()
+
+
+@torch.no_grad()
+@given(size=st.integers(1, T), given_first=st.integers(1, T - 1))
+@settings(max_examples=20, deadline=None)
+def test_groups_that_stand_together_are_what_they_are_without_layers_for_others_bit_for_bit(size, given_first):
+    one, other = apart_and_not()
+    order = repeated(Factorization.left_to_right(T, group_size=size, given=given_first), 3)
+    assert torch.equal(one(IDS, order).logits, other(IDS, order).logits)
+    outputs = [run(model, IDS, order, do_sample=True, generator=generator(3)) for model in (one, other)]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert torch.equal(outputs[0].log_probs, outputs[1].log_probs)
+
+
+@torch.no_grad()
+def test_members_whose_left_neighbour_is_not_one_of_them_have_their_own_layers():
+    one, other = apart_and_not()
+    order = Factorization.from_groups([[0], [1, 2, 4, 6], [3, 5]])  # 2 stands beside 1; 4, 6 and 5 stand apart
+    apart = one(IDS[:1, :7], order).logits - other(IDS[:1, :7], order).logits
+    changed = (apart.abs() > 1e-4).any(dim=-1)[0]
+    assert changed.nonzero()[:, 0].tolist() == [4, 5, 6]
+
+
+@torch.no_grad()
+def test_layers_for_others_begin_as_those_that_are_there():
+    model, order = couple(gated("llama"), scattered=False).eval(), repeated(GROUPS["scattered"], 3)
+    before = model(IDS[:, :7], order).logits
+    model.couple(Coupling(width=24, rank=8))
+    torch.testing.assert_close(model(IDS[:, :7], order).logits, before, atol=1e-6, rtol=0)
+    assert model.config.coupling["scattered"]
+    with pytest.raises(ValueError, match="has a coupling of its own"):
+        couple(gated("llama"), scattered=False).couple(Coupling(width=16, rank=8))
 
 
 # ---------------------------------------------------------------------- the head

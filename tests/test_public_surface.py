@@ -63,6 +63,7 @@ OPTIONS = {
         "--mixture",
         "--coupling",
         "--coupling-only",
+        "--scattered-only",
         "--training",
         "--streaming",
         "--objective",

@@ -124,15 +124,19 @@ class AnyOrderPreTrainedModel(PreTrainedModel):
         return self.config.recipe
 
     def couple(self, coupling: Coupling) -> None:
-        """Add a coupling of groups, which changes nothing until it is trained.
+        """Add a coupling of groups, which changes nothing until it is trained; to one without `scattered` these alone.
 
         Raises:
-            ValueError: if the model has one.
+            ValueError: if the model has another one.
         """
-        if self.coupling is not None:
-            raise ValueError(f"the model has a coupling of its own, {self.config.coupling}: train that one")
+        own, had = self.config.coupling, self.coupling
+        if had is not None and (had.scattered or coupling != Coupling(**own | {"scattered": True})):
+            raise ValueError(f"the model has a coupling of its own, {own}: train that one")
         head, embedding = (cast(Tensor, of().weight) for of in (self.get_output_embeddings, self.get_input_embeddings))
-        self.coupling = GroupCoupling(head.shape[1], embedding.shape[1], coupling).to(embedding.device)
+        made = GroupCoupling(head.shape[1], embedding.shape[1], coupling).to(embedding.device)
+        if had is not None:
+            made.to(had.members.dtype).take_over(had)
+        self.coupling = made
         self.config.couple(dataclasses.asdict(coupling))
 
     def uncoupled(self) -> Self:

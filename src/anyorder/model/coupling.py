@@ -47,6 +47,8 @@ class Coupling:
             is all that a member after the first costs.
         window: members before each that it looks at, the nearest.
         drafts: with a second network, which drafts later members from the state of the first one's row.
+        scattered: with layers of their own for members whose left neighbour is not a member before them, as in random
+            order: what is learned of these takes nothing from groups that stand together.
 
     Raises:
         ValueError: naming the value that cannot be meant.
@@ -56,24 +58,50 @@ class Coupling:
     rank: int = 256
     window: int = 7
     drafts: bool = True
+    scattered: bool = True
 
     def __post_init__(self) -> None:
         for name in ("width", "rank", "window"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} of a coupling must be a whole number, at least 1, got {value!r}")
-        if not isinstance(self.drafts, bool):
-            raise ValueError(f"drafts of a coupling must be True or False, got {self.drafts!r}")
+        for name in ("drafts", "scattered"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} of a coupling must be True or False, got {getattr(self, name)!r}")
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Coupling:
         """The coupling of a saved config; ValueError for a field that this version does not know."""
         check_saved_fields(fields, cls, "the coupling")
-        return cls(**fields)
+        return cls(**({"scattered": False} | fields))  # older ones do not say it
 
 
-class MemberNetwork(nn.Module):
-    """Two layers over a hidden state and the members of a group before a position; zero until it is trained.
+class Layers(nn.Module):
+    """Two layers, from a hidden state and what members say to z, the numbers of which a delta is made.
+
+    Args:
+        hidden_size: E, of the hidden states that the head takes.
+        coupling: its size.
+    """
+
+    def __init__(self, hidden_size: int, coupling: Coupling):
+        super().__init__()
+        self.state = nn.Linear(hidden_size, coupling.width)
+        self.inner = nn.Linear(coupling.width, coupling.width)
+        self.down = nn.Linear(coupling.width, coupling.rank, bias=False)
+
+    def of_state(self, hidden: Tensor) -> Tensor:
+        """(N, W) what (N, E) hidden states add to the first layer; in the dtype of the weights."""
+        return product(_unit(hidden, self.state.weight.dtype), self.state.weight) + self.state.bias
+
+    def of_sum(self, x: Tensor) -> Tensor:
+        """(N, r) z of (N, W) sums in the first layer."""
+        x = product(nn.functional.silu(x), self.inner.weight) + self.inner.bias
+        return product(nn.functional.silu(x), self.down.weight)
+
+
+class MemberNetwork(Layers):
+    """Layers over a hidden state and the members of a group before a position; zero until it is trained.
 
     Args:
         hidden_size: E, of the hidden states that the head takes.
@@ -82,12 +110,9 @@ class MemberNetwork(nn.Module):
     """
 
     def __init__(self, hidden_size: int, embedding_size: int, coupling: Coupling):
-        super().__init__()
+        super().__init__(hidden_size, coupling)
         self.window = coupling.window
-        self.state = nn.Linear(hidden_size, coupling.width)
         self.members = nn.Parameter(torch.empty(len(DISTANCES) + 1, coupling.width, embedding_size))
-        self.inner = nn.Linear(coupling.width, coupling.width)
-        self.down = nn.Linear(coupling.width, coupling.rank, bias=False)
         self.up = nn.Linear(coupling.rank, hidden_size, bias=False)
         nn.init.uniform_(self.members, -(embedding_size**-0.5), embedding_size**-0.5)  # as a linear layer begins
         nn.init.zeros_(self.up.weight)
@@ -105,11 +130,16 @@ class MemberNetwork(nn.Module):
 
     def code(self, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, r) z, of which the result is U z; in the dtype of the weights."""
-        x = product(_unit(hidden, self.state.weight.dtype), self.state.weight) + self.state.bias
+        return self._code_by(self, hidden, ids, distances, embed)
+
+    def _code_by(
+        self, layers: Layers, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        x = layers.of_state(hidden)
         for number, rows, places in _by_distance(distances):
             members = _unit(embed(ids[rows, places]), self.members.dtype)
             x = x.index_add(0, rows, product(members, self.members[number]).to(x.dtype))
-        return self._deeper(x)
+        return layers.of_sum(x)
 
     def summed(self, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, D, embedding size) the members of each position, summed up by which weights are for them: what `code_of`
@@ -119,12 +149,12 @@ class MemberNetwork(nn.Module):
 
     def code_of(self, hidden: Tensor, summed: Tensor) -> Tensor:
         """What `code` gives, to rounding, of members that are `summed` up."""
-        x = product(_unit(hidden, self.state.weight.dtype), self.state.weight) + self.state.bias
-        return self._deeper(x + product(summed.flatten(1), self.members.transpose(0, 1).flatten(1)))
+        return self._code_of_by(self, hidden, summed)
 
-    def _deeper(self, x: Tensor) -> Tensor:
-        x = nn.functional.silu(product(nn.functional.silu(x), self.inner.weight) + self.inner.bias)
-        return product(x, self.down.weight)
+    def _code_of_by(self, layers: Layers, hidden: Tensor, summed: Tensor) -> Tensor:
+        return layers.of_sum(
+            layers.of_state(hidden) + product(summed.flatten(1), self.members.transpose(0, 1).flatten(1))
+        )
 
     @torch.no_grad()
     def logits_of_codes(self, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -166,11 +196,44 @@ class GroupCoupling(MemberNetwork):
         drafts: a network of the same kind whose hidden state is that of the row that predicts the *first* member, which
             left to right is the base model's own: the head of its result is the distribution of a member behind it.
             No row but the first member's is computed for that, and nothing of the model is adapted.
+        scattered: the layers of members whose left neighbour is not one of the members before them; None: they share
+            those of the others. Of members and of z the matrices are the same for both.
     """
 
     def __init__(self, hidden_size: int, embedding_size: int, coupling: Coupling):
         super().__init__(hidden_size, embedding_size, coupling)
         self.drafts = DraftNetwork(hidden_size, embedding_size, coupling) if coupling.drafts else None
+        self.scattered = Layers(hidden_size, coupling) if coupling.scattered else None
+
+    def code(self, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N, r) z: see `MemberNetwork.code`. Groups that stand together are, bit for bit, what they are without
+        `scattered`."""
+        beside, learns = (distances == 1).any(dim=1), torch.is_grad_enabled()  # then all layers are in the graph
+        if self.scattered is None or (bool(beside.all()) and not learns):
+            return super().code(hidden, ids, distances, embed)
+        parts, places = [], []
+        for layers, chosen in ((self, beside), (self.scattered, ~beside)):
+            (at,) = chosen.nonzero(as_tuple=True)
+            if len(at) or learns:
+                parts.append(self._code_by(layers, hidden[at], ids[at], distances[at], embed))
+                places.append(at)
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+    def code_of(self, hidden: Tensor, summed: Tensor) -> Tensor:
+        """What `code` gives, to rounding, of members that are `summed` up."""
+        code = super().code_of(hidden, summed)
+        if self.scattered is None:
+            return code
+        beside = (summed[:, :1] != 0).any(dim=2)  # the first weights are for the left neighbour alone
+        return torch.where(beside, code, self._code_of_by(self.scattered, hidden, summed))
+
+    @torch.no_grad()
+    def take_over(self, other: GroupCoupling) -> None:
+        """The weights of a coupling of the same size without `scattered`, whose layers begin as those of the others."""
+        assert self.scattered is not None
+        self.load_state_dict(other.state_dict(), strict=False)
+        own = self.scattered.state_dict()
+        self.scattered.load_state_dict({name: tensor for name, tensor in other.state_dict().items() if name in own})
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:
@@ -195,7 +258,7 @@ def _by_distance(distances: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 def _numbers(distances: Tensor) -> Tensor:
     """Which weights are for members at such distances; -1: none."""
     bounds = torch.tensor(DISTANCES, device=distances.device)
-    return torch.bucketize(distances, bounds).masked_fill(distances == 0, -1)
+    return torch.bucketize(distances.contiguous(), bounds).masked_fill(distances == 0, -1)  # else torch warns
 
 
 _FARTHEST = DISTANCES[-1] + 1

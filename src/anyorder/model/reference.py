@@ -83,12 +83,13 @@ def _coupled(model: AnyOrderPreTrainedModel, state: Tensor, tokens: Tensor, i: i
     def unit(x: Tensor) -> Tensor:
         return x / (x.pow(2).mean() + 1e-6).sqrt()
 
-    z = net.state.weight @ unit(state) + net.state.bias
+    layers = net if net.scattered is None or i - 1 in before else net.scattered
+    z = layers.state.weight @ unit(state) + layers.state.bias
     for j in before:
         number = next((n for n, bound in enumerate(DISTANCES) if i - j <= bound), len(DISTANCES))
         z = z + net.members[number] @ unit(model.get_input_embeddings()(tokens[j]))
-    z = nn.functional.silu(net.inner.weight @ nn.functional.silu(z) + net.inner.bias)
-    return state + net.up.weight @ (net.down.weight @ z)
+    z = nn.functional.silu(layers.inner.weight @ nn.functional.silu(z) + layers.inner.bias)
+    return state + net.up.weight @ (layers.down.weight @ z)
 
 
 def _by_layer_type(model: AnyOrderPreTrainedModel, mask: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:

@@ -10,6 +10,7 @@ OUTPUT/run.json        the options of the run; --resume needs the same
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -180,14 +181,31 @@ def _model(
     model, tokenizer = load(options, attn_implementation=attention, **more)
     if model.coupling is None and (options.coupling or options.coupling_only):
         model.couple(Coupling(drafts=options.adapter != "lora"))  # these learn from the base's own rows
-    if options.coupling_only:
+    if options.scattered_only:
+        _add_scattered(model)
+    if options.coupling_only or options.scattered_only:
         model.requires_grad_(False)
         assert model.coupling is not None
-        model.coupling.requires_grad_(True)
+        trained = model.coupling.scattered if options.scattered_only else model.coupling
+        trained.requires_grad_(True)
     for parameter in model.parameters():  # small updates vanish in 16 bits; the forward casts
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model.train(), tokenizer
+
+
+def _add_scattered(model: AnyOrderForCausalLM) -> None:
+    """Layers for scattered members, if the model's coupling has none.
+
+    Raises:
+        ValueError: if it has no coupling.
+    """
+    from anyorder.model.coupling import Coupling
+
+    if model.coupling is None:
+        raise ValueError("--scattered-only adds to a coupling, and the model has none: train one with --coupling-only")
+    if model.coupling.scattered is None:
+        model.couple(dataclasses.replace(Coupling.from_dict(model.config.coupling), scattered=True))
 
 
 def _device(name: str) -> torch.device:

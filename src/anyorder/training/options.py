@@ -51,6 +51,9 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
                           help="train with it a coupling, by which the tokens of a group know each other")  # fmt: skip
     coupling.add_argument("--coupling-only", action="store_true",
                           help="train only that; everything else stays as it is")  # fmt: skip
+    coupling.add_argument("--scattered-only", action="store_true",
+                          help="train only its layers for members that stand apart, as in random order (which it is "
+                               "given if it has none); groups that stand together stay as they are")  # fmt: skip
     parser.add_argument("--recipe", choices=("exact", "paper"), help="default: exact, or what the model has")
     _add_sizes(parser, positive)
     parser.add_argument("--attn-implementation", choices=("sdpa", "flex_attention"),
