@@ -31,6 +31,8 @@ from anyorder.core.options import check_saved_fields
 
 DISTANCES = (1, 2, 3, 4, 8, 16, 64)
 """Tokens so far away or nearer share their weights, from the next smaller number on; those farther away the last."""
+NEAR = 5
+"""So many weights are for members up to 8 tokens away, the others for those farther away."""
 DRAFTED = 16_384
 """Of so many tokens at least drafts are made, or of a quarter of the vocabulary: its first ones. Tokenizers are built
 by merging the most frequent pairs first, so nearly all text is of these, and most of what a draft costs is reading W U.
@@ -99,6 +101,34 @@ class Layers(nn.Module):
         x = product(nn.functional.silu(x), self.inner.weight) + self.inner.bias
         return product(nn.functional.silu(x), self.down.weight)
 
+    def of_member(self, number: int, shared: Tensor) -> Tensor:
+        """(W, embedding size) of members at distances of that number, of (D, W, embedding size) that all share."""
+        return shared[number]
+
+    def of_members(self, shared: Tensor) -> Tensor:
+        """(D, W, embedding size): all of them."""
+        return shared
+
+
+class ScatteredLayers(Layers):
+    """Layers with weights of their own for members that are far away.
+
+    Args:
+        hidden_size, coupling: as of others.
+        embedding_size: of the token embeddings.
+    """
+
+    def __init__(self, hidden_size: int, embedding_size: int, coupling: Coupling):
+        super().__init__(hidden_size, coupling)
+        self.far = nn.Parameter(torch.empty(len(DISTANCES) + 1 - NEAR, coupling.width, embedding_size))
+        nn.init.uniform_(self.far, -(embedding_size**-0.5), embedding_size**-0.5)
+
+    def of_member(self, number: int, shared: Tensor) -> Tensor:
+        return shared[number] if number < NEAR else self.far[number - NEAR]
+
+    def of_members(self, shared: Tensor) -> Tensor:
+        return torch.cat([shared[:NEAR], self.far])
+
 
 class MemberNetwork(Layers):
     """Layers over a hidden state and the members of a group before a position; zero until it is trained.
@@ -138,7 +168,7 @@ class MemberNetwork(Layers):
         x = layers.of_state(hidden)
         for number, rows, places in _by_distance(distances):
             members = _unit(embed(ids[rows, places]), self.members.dtype)
-            x = x.index_add(0, rows, product(members, self.members[number]).to(x.dtype))
+            x = x.index_add(0, rows, product(members, layers.of_member(number, self.members)).to(x.dtype))
         return layers.of_sum(x)
 
     def summed(self, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
@@ -152,9 +182,8 @@ class MemberNetwork(Layers):
         return self._code_of_by(self, hidden, summed)
 
     def _code_of_by(self, layers: Layers, hidden: Tensor, summed: Tensor) -> Tensor:
-        return layers.of_sum(
-            layers.of_state(hidden) + product(summed.flatten(1), self.members.transpose(0, 1).flatten(1))
-        )
+        weights = layers.of_members(self.members).transpose(0, 1).flatten(1)
+        return layers.of_sum(layers.of_state(hidden) + product(summed.flatten(1), weights))
 
     @torch.no_grad()
     def logits_of_codes(self, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -197,13 +226,15 @@ class GroupCoupling(MemberNetwork):
             left to right is the base model's own: the head of its result is the distribution of a member behind it.
             No row but the first member's is computed for that, and nothing of the model is adapted.
         scattered: the layers of members whose left neighbour is not one of the members before them; None: they share
-            those of the others. Of members and of z the matrices are the same for both.
+            those of the others. U is the same for both, and so are the matrices of members that are near.
     """
 
     def __init__(self, hidden_size: int, embedding_size: int, coupling: Coupling):
         super().__init__(hidden_size, embedding_size, coupling)
         self.drafts = DraftNetwork(hidden_size, embedding_size, coupling) if coupling.drafts else None
-        self.scattered = Layers(hidden_size, coupling) if coupling.scattered else None
+        self.scattered: ScatteredLayers | None = None
+        if coupling.scattered:
+            self.scattered = ScatteredLayers(hidden_size, embedding_size, coupling)
 
     def code(self, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, r) z: see `MemberNetwork.code`. Groups that stand together are, bit for bit, what they are without
@@ -232,8 +263,8 @@ class GroupCoupling(MemberNetwork):
         """The weights of a coupling of the same size without `scattered`, whose layers begin as those of the others."""
         assert self.scattered is not None
         self.load_state_dict(other.state_dict(), strict=False)
-        own = self.scattered.state_dict()
-        self.scattered.load_state_dict({name: tensor for name, tensor in other.state_dict().items() if name in own})
+        its = other.state_dict() | {"far": other.members[NEAR:]}
+        self.scattered.load_state_dict({name: its[name] for name in self.scattered.state_dict()})
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anyorder.model.base import AnyOrderPreTrainedModel
-from anyorder.model.coupling import DISTANCES
+from anyorder.model.coupling import DISTANCES, NEAR
 
 
 @torch.no_grad()
@@ -87,7 +87,9 @@ def _coupled(model: AnyOrderPreTrainedModel, state: Tensor, tokens: Tensor, i: i
     z = layers.state.weight @ unit(state) + layers.state.bias
     for j in before:
         number = next((n for n, bound in enumerate(DISTANCES) if i - j <= bound), len(DISTANCES))
-        z = z + net.members[number] @ unit(model.get_input_embeddings()(tokens[j]))
+        far = layers is net.scattered and number >= NEAR
+        matrix = net.scattered.far[number - NEAR] if far and net.scattered else net.members[number]
+        z = z + matrix @ unit(model.get_input_embeddings()(tokens[j]))
     z = nn.functional.silu(layers.inner.weight @ nn.functional.silu(z) + layers.inner.bias)
     return state + net.up.weight @ (layers.down.weight @ z)
 
