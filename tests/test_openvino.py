@@ -115,7 +115,7 @@ def test_cached_equals_parallel_and_a_batch_its_rows(models, name):
 def test_policies_draw_the_same(models, policy):
     """Members of groups and drafts through the coupling's own graphs."""
     model = models("gated")
-    assert set(engines.runner_for(model, "openvino", "float32")._members) == {"coupling", "drafts"}
+    assert set(engines.runner_for(model, "openvino", "float32")._members) == {"coupling", "scattered", "drafts"}
     options = {"policy": policy, "temperature": 1.0}
     expected = run(model, IDS, ORDER, engine="eager", generator=[generator(1), generator(2)], **options)
     found = decoded(model, generator=[generator(1), generator(2)], **options)

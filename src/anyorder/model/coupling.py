@@ -177,11 +177,9 @@ class MemberNetwork(Layers):
         is_for = _weights_by_distance(self.members.dtype, ids.device)[distances.clamp(max=_FARTHEST)]  # (N, M, D)
         return is_for.transpose(1, 2) @ _unit(embed(ids), self.members.dtype)
 
-    def code_of(self, hidden: Tensor, summed: Tensor) -> Tensor:
-        """What `code` gives, to rounding, of members that are `summed` up."""
-        return self._code_of_by(self, hidden, summed)
-
-    def _code_of_by(self, layers: Layers, hidden: Tensor, summed: Tensor) -> Tensor:
+    def code_of(self, hidden: Tensor, summed: Tensor, layers: Layers | None = None) -> Tensor:
+        """What `code` gives, to rounding, of members that are `summed` up, by its own layers or by others."""
+        layers = layers or self
         weights = layers.of_members(self.members).transpose(0, 1).flatten(1)
         return layers.of_sum(layers.of_state(hidden) + product(summed.flatten(1), weights))
 
@@ -239,7 +237,7 @@ class GroupCoupling(MemberNetwork):
     def code(self, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, r) z: see `MemberNetwork.code`. Groups that stand together are, bit for bit, what they are without
         `scattered`."""
-        beside, learns = (distances == 1).any(dim=1), torch.is_grad_enabled()  # then all layers are in the graph
+        beside, learns = stand_beside(distances), torch.is_grad_enabled()  # then all layers are in the graph
         if self.scattered is None or (bool(beside.all()) and not learns):
             return super().code(hidden, ids, distances, embed)
         parts, places = [], []
@@ -250,14 +248,6 @@ class GroupCoupling(MemberNetwork):
                 places.append(at)
         return torch.cat(parts)[torch.cat(places).argsort()]
 
-    def code_of(self, hidden: Tensor, summed: Tensor) -> Tensor:
-        """What `code` gives, to rounding, of members that are `summed` up."""
-        code = super().code_of(hidden, summed)
-        if self.scattered is None:
-            return code
-        beside = (summed[:, :1] != 0).any(dim=2)  # the first weights are for the left neighbour alone
-        return torch.where(beside, code, self._code_of_by(self.scattered, hidden, summed))
-
     @torch.no_grad()
     def take_over(self, other: GroupCoupling) -> None:
         """The weights of a coupling of the same size without `scattered`, whose layers begin as those of the others."""
@@ -265,6 +255,11 @@ class GroupCoupling(MemberNetwork):
         self.load_state_dict(other.state_dict(), strict=False)
         its = other.state_dict() | {"far": other.members[NEAR:]}
         self.scattered.load_state_dict({name: its[name] for name in self.scattered.state_dict()})
+
+
+def stand_beside(distances: Tensor) -> Tensor:
+    """(N,) bool: whose left neighbour is one of the members before them, at (N, M) distances."""
+    return (distances == 1).any(dim=1)
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from anyorder.core.layout import Rows
 from anyorder.model.attention import additive, for_heads
 from anyorder.model.base import AnyOrderPreTrainedModel
-from anyorder.model.coupling import MemberNetwork
+from anyorder.model.coupling import Layers, MemberNetwork
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.model.lm_head import head_of
 from anyorder.model.scores import Scores
@@ -184,32 +184,37 @@ class _Members(nn.Module):
         network: of the coupling.
         of_codes: of its `logits_of_codes`.
         constant: (V,), added to that; None: nothing.
+        layers: of the coupling.
     """
 
-    def __init__(self, network: MemberNetwork, of_codes: Tensor, constant: Tensor | None):
+    def __init__(self, network: MemberNetwork, of_codes: Tensor, constant: Tensor | None, layers: Layers):
         super().__init__()
-        self.network, self._constant = network, constant
+        self.network, self._constant, self._layers = network, constant, layers
         self.register_buffer("of_codes", of_codes)
 
     def forward(self, hidden: Tensor, summed: Tensor) -> Tensor:
-        added = nn.functional.linear(self.network.code_of(hidden, summed), cast(Tensor, self.of_codes))
+        added = nn.functional.linear(self.network.code_of(hidden, summed, self._layers), cast(Tensor, self.of_codes))
         return added if self._constant is None else added + self._constant
 
 
 def exported_members(model: AnyOrderPreTrainedModel) -> Iterator[tuple[str, ov.Model]]:
-    """Of a coupled model: what is added to the logits of members ("coupling"), and logits of drafts ("drafts").
+    """Of a coupled model: what is added to the logits of members ("coupling"), of those that stand apart ("scattered"),
+    and logits of drafts ("drafts").
 
-    Both take (N, E) hidden states and what `MemberNetwork.summed` makes of the members. Where the head caps its logits
+    All take (N, E) hidden states and what `MemberNetwork.summed` makes of the members. Where the head caps its logits
     or the model has no such network there is no graph.
     """
     coupling = model.coupling
-    for name, network in (("coupling", coupling), ("drafts", coupling and coupling.drafts)):
+    if coupling is None:
+        return
+    networks = {"coupling": (coupling, coupling), "scattered": (coupling, coupling.scattered)}
+    for name, (network, layers) in (networks | {"drafts": (coupling.drafts, coupling.drafts)}).items():
         made = None if network is None else network.logits_of_codes(model.head)
-        if network is None or made is None:
+        if network is None or layers is None or made is None:
             continue
         constant, of_codes = made
         size, (kinds, _, embedding) = network.state.in_features, network.members.shape
-        module = _Members(network, of_codes.float(), constant if name == "drafts" else None)
+        module = _Members(network, of_codes.float(), constant if name == "drafts" else None, layers)
         inputs = (torch.zeros(2, size), torch.zeros(2, kinds, embedding))
         dynamic = ({0: torch.export.Dim.DYNAMIC},) * 2
         graph = _converted(module, inputs, dynamic)

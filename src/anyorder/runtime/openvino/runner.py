@@ -23,6 +23,7 @@ from anyorder.core.layout import Rows
 from anyorder.model import adapters
 from anyorder.model.attention import common_start
 from anyorder.model.base import AnyOrderPreTrainedModel
+from anyorder.model.coupling import stand_beside
 from anyorder.model.kv_cache import KeyValueStore
 from anyorder.runtime.openvino.compiled import CompiledRows, Key, Sizes
 from anyorder.runtime.openvino.inputs import inputs_of, with_content
@@ -93,7 +94,7 @@ class OpenVINORunner(ModelRunner):
         self._head = self._compiled(self._core.read_model(folder / "head.xml")).create_infer_request()
         self._members = {
             name: self._compiled(self._core.read_model(folder / f"{name}.xml")).create_infer_request()
-            for name in ("coupling", "drafts")
+            for name in ("coupling", "scattered", "drafts")
             if (folder / f"{name}.xml").is_file()
         }
         self._widths = {"head": model.vocabulary_size} | {
@@ -165,9 +166,17 @@ class OpenVINORunner(ModelRunner):
         return self._logits(self._head, self._widths["head"], hidden)
 
     def coupled_logits(self, hidden: Tensor, logits: Tensor, members: Tensor, distances: Tensor) -> Tensor:
-        if "coupling" not in self._members:
+        coupling = self.model.coupling
+        if coupling is None or "coupling" not in self._members:
             return super().coupled_logits(hidden, logits, members, distances)
-        return self._of_members("coupling", hidden, members, distances).add_(logits)
+        beside = stand_beside(distances[:, : coupling.window])
+        if "scattered" not in self._members or bool(beside.all()):
+            return self._of_members("coupling", hidden, members, distances).add_(logits)
+        out = logits.clone()
+        for name, chosen in (("coupling", beside), ("scattered", ~beside)):
+            (at,) = chosen.nonzero(as_tuple=True)
+            out[at] += self._of_members(name, hidden[at], members[at], distances[at])
+        return out
 
     def draft_logits(self, hidden: Tensor, members: Tensor, distances: Tensor) -> Tensor:
         if "drafts" not in self._members:
