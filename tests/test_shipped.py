@@ -24,7 +24,7 @@ STORIES = (
 def test_its_files_come_with_the_package():
     assert sources.shipped() == [NAME]
     weights = ("adapter_model.safetensors", "coupling.safetensors", "query_embedding.safetensors")
-    assert sum((DIRECTORY / name).stat().st_size for name in weights) < 50_000_000
+    assert sum((DIRECTORY / name).stat().st_size for name in weights) < 60_000_000
     card = (DIRECTORY / "README.md").read_text()
     for word in ("license: apache-2.0", "TinyStories", "tokens", "anyorder adapt", "Limits"):
         assert word in card

@@ -86,6 +86,9 @@ class Layers(nn.Module):
         coupling: its size.
     """
 
+    always: tuple[int, ...] = (0,)
+    """Numbers of distances that have each parameter of members in the graph, whatever members there are."""
+
     def __init__(self, hidden_size: int, coupling: Coupling):
         super().__init__()
         self.state = nn.Linear(hidden_size, coupling.width)
@@ -117,6 +120,8 @@ class ScatteredLayers(Layers):
         hidden_size, coupling: as of others.
         embedding_size: of the token embeddings.
     """
+
+    always = 0, NEAR
 
     def __init__(self, hidden_size: int, embedding_size: int, coupling: Coupling):
         super().__init__(hidden_size, coupling)
@@ -166,7 +171,7 @@ class MemberNetwork(Layers):
         self, layers: Layers, hidden: Tensor, ids: Tensor, distances: Tensor, embed: Callable[[Tensor], Tensor]
     ) -> Tensor:
         x = layers.of_state(hidden)
-        for number, rows, places in _by_distance(distances):
+        for number, rows, places in _by_distance(distances, layers.always):
             members = _unit(embed(ids[rows, places]), self.members.dtype)
             x = x.index_add(0, rows, product(members, layers.of_member(number, self.members)).to(x.dtype))
         return layers.of_sum(x)
@@ -273,10 +278,10 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(rows, weight)
 
 
-def _by_distance(distances: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Numbers of weights, and the members (which row, which place) that they are for; one at least, for gradients."""
+def _by_distance(distances: Tensor, always: tuple[int, ...]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Numbers of weights, and the members (which row, which place) that they are for; some always, for gradients."""
     numbers = _numbers(distances)
-    for number in sorted({0, *numbers.unique().tolist()} - {-1}):
+    for number in sorted({*always, *numbers.unique().tolist()} - {-1}):
         rows, places = (numbers == number).nonzero(as_tuple=True)
         yield number, rows, places
 
